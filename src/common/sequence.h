@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where sequence b of a batch lies: rows, lengths, left padding. Host and device, one definition.
+// All index tensors are untrusted; every value is clamped here so that nothing derived from a
+// SequenceInfo can address memory outside the tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "common/mask.h"
+
+namespace sinkattn {
+
+/// One side (queries or keys) of a batch. Pointers are null when the argument was not given.
+struct SequenceSide {
+  const std::int32_t* cu_seqlens = nullptr;  ///< (b + 1,): packed
+  const std::int32_t* seqused = nullptr;     ///< (b,)
+  const std::int32_t* leftpad = nullptr;     ///< (b,), keys only
+  std::int64_t capacity = 0;    ///< packed: total rows; dense: rows; paged: max_pages * page_size
+  std::int64_t max_seqlen = -1; ///< truncation bound of a packed sequence; -1 none
+};
+
+/// One sequence on one side. Token t of the sequence is row `first_row + t` of its (packed tensor |
+/// batch entry | cache row).
+struct SequenceInfo {
+  std::int64_t first_row = 0;  ///< packed: cu_seqlens[b]; dense: leftpad (0 without)
+  std::int64_t length = 0;     ///< tokens that take part
+  std::int64_t extent = 0;     ///< rows that belong to the sequence, used or not
+};
+
+SINKATTN_HOST_DEVICE constexpr std::int64_t clamp_index(std::int64_t x, std::int64_t low,
+                                                        std::int64_t high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+SINKATTN_HOST_DEVICE inline SequenceInfo resolve_sequence(const SequenceSide& side,
+                                                          std::int64_t b) {
+  SequenceInfo info;
+  info.extent = side.capacity;
+  if (side.cu_seqlens != nullptr) {
+    info.first_row = clamp_index(side.cu_seqlens[b], 0, side.capacity);
+    info.extent = clamp_index(side.cu_seqlens[b + 1], info.first_row, side.capacity) -
+                  info.first_row;
+  }
+  info.length = info.extent;
+  if (side.cu_seqlens != nullptr && side.max_seqlen >= 0 && info.length > side.max_seqlen) {
+    info.length = side.max_seqlen;
+  }
+  if (side.seqused != nullptr) info.length = clamp_index(side.seqused[b], 0, info.length);
+  if (side.leftpad != nullptr) {
+    const std::int64_t pad = clamp_index(side.leftpad[b], 0, info.length);
+    info.first_row += pad;
+    info.length -= pad;
+  }
+  return info;
+}
+
+}  // namespace sinkattn
