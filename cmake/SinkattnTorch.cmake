@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# The torch operators on the stable ABI, one library for CPU and CUDA builds of torch >= 2.10.
+# find_package(Torch) is avoided: it brings CUDA detection and compile flags of its own. Only the
+# headers and the empty libtorch.so are used, and torch is not imported to find them.
+set(SINKATTN_WITH_TORCH OFF)
+file(GLOB sinkattn_torch_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/bindings/torch/*.cpp")
+if(NOT SINKATTN_TORCH OR NOT sinkattn_torch_sources)
+  return()
+endif()
+
+execute_process(
+  COMMAND "${Python3_EXECUTABLE}" -c
+    "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+  OUTPUT_VARIABLE SINKATTN_TORCH_DIR OUTPUT_STRIP_TRAILING_WHITESPACE
+  RESULT_VARIABLE sinkattn_torch_result)
+set(sinkattn_torch_shim "${SINKATTN_TORCH_DIR}/include/torch/csrc/stable/library.h")
+if(NOT sinkattn_torch_result EQUAL 0 OR NOT EXISTS "${sinkattn_torch_shim}")
+  if(NOT SINKATTN_TORCH STREQUAL "AUTO")
+    message(FATAL_ERROR "SINKATTN_TORCH=ON: ${Python3_EXECUTABLE} finds no torch >= 2.10 (headers). "
+                        "Install torch, and build with --no-build-isolation.")
+  endif()
+  message(STATUS "sinkattn: no torch >= 2.10 for ${Python3_EXECUTABLE}, torch operators are left out")
+  return()
+endif()
+set(SINKATTN_WITH_TORCH ON)
+
+# libtorch.so is an empty shell that a linker drops as unneeded. It must stay in DT_NEEDED: the weak
+# stream symbol of a CUDA torch resolves through it and stays null under a CPU torch.
+set(CMAKE_CXX_LINK_LIBRARY_USING_keep_needed
+    "LINKER:--push-state,--no-as-needed" "<LINK_ITEM>" "LINKER:--pop-state")
+set(CMAKE_CXX_LINK_LIBRARY_USING_keep_needed_SUPPORTED TRUE)
+
+add_library(sinkattn_torch MODULE ${sinkattn_torch_sources})
+target_include_directories(sinkattn_torch PRIVATE "${PROJECT_SOURCE_DIR}/src")
+target_include_directories(sinkattn_torch SYSTEM PRIVATE "${SINKATTN_TORCH_DIR}/include")
+# 2.10, the oldest torch the library loads on. The macro also bars every unstable torch header.
+target_compile_definitions(sinkattn_torch PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
+target_link_libraries(sinkattn_torch PRIVATE
+  sinkattn_core "$<LINK_LIBRARY:keep_needed,${SINKATTN_TORCH_DIR}/lib/libtorch.so>")
+target_link_options(sinkattn_torch PRIVATE LINKER:--exclude-libs,ALL)
+set_target_properties(sinkattn_torch PROPERTIES
+  OUTPUT_NAME sinkattn_torch
+  PREFIX lib
+  LINKER_LANGUAGE CXX
+  SKIP_BUILD_RPATH ON
+  LIBRARY_OUTPUT_DIRECTORY "${SINKATTN_TORCH_OUTPUT_DIR}")
