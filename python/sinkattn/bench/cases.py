@@ -60,7 +60,7 @@ class Case:
         return self.batch * _pairs(self.seqlen_q, self.seqlen_k, self)
 
     def flops(self, direction: str) -> float:
-        """Useful operations: forward 2 matmuls, backward 5 (recomputation of the scores counted)."""
+        """Useful operations: forward 2 matmuls, backward 5 (scores recomputed)."""
         d, dv = self.headdim, self.headdim_v
         per_pair = 3 * d + 2 * dv if direction == "bwd" else d + dv
         return 2.0 * self.heads_q * self.visible_pairs() * per_pair

@@ -2,7 +2,7 @@
 """Implementations of attention that are measured side by side.
 
 A provider turns (case, inputs) into a forward function. Whatever it cannot do it refuses with
-`Unsupported` and a reason, which is printed: a missing number is never silent.
+`UnsupportedError` and a reason, which is printed: a missing number is never silent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .cases import Case
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """This provider does not serve this case; the text says why."""
 
 
@@ -66,7 +66,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 
 class Provider:
-    """Base class. `forward_function` returns f(q, k, v, sink) -> out, in the layout of the inputs."""
+    """`forward_function` returns f(q, k, v, sink) -> out, in the layout of the inputs."""
 
     name = ""
     has_sink = True  # result includes the sink
@@ -80,14 +80,14 @@ class Provider:
 
     def check_device(self, device: torch.device) -> None:
         if device.type not in self.devices:
-            raise Unsupported(f"not for {device.type}")
+            raise UnsupportedError(f"not for {device.type}")
 
 
 def _import(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Unsupported(f"{name} is not installed ({error})") from None
+        raise UnsupportedError(f"{name} is not installed ({error})") from None
 
 
 class SinkAttn(Provider):
@@ -110,9 +110,11 @@ class SinkAttn(Provider):
     def forward_function(self, case: Case, inputs: Inputs) -> Forward:
         import sinkattn
 
-        options = dict(
-            causal=case.causal, window_size=case.window_size, deterministic=self.deterministic
-        )
+        options = {
+            "causal": case.causal,
+            "window_size": case.window_size,
+            "deterministic": self.deterministic,
+        }
 
         def sink_of(sink):
             return sink if self.has_sink else None
@@ -168,11 +170,11 @@ class Sdpa(Provider):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         if case.lengths:
-            raise Unsupported("no packed sequences")
+            raise UnsupportedError("no packed sequences")
         if case.window_left >= 0 or case.window_right >= 0:
-            raise Unsupported("no window")
+            raise UnsupportedError("no window")
         if case.decode:
-            raise Unsupported("no KV cache")
+            raise UnsupportedError("no KV cache")
         backend = {
             "cudnn": SDPBackend.CUDNN_ATTENTION,
             "flash": SDPBackend.FLASH_ATTENTION,
@@ -201,7 +203,7 @@ class Eager(Provider):
 
     def forward_function(self, case: Case, inputs: Inputs) -> Forward:
         if case.lengths or case.decode:
-            raise Unsupported("dense only")
+            raise UnsupportedError("dense only")
         group = case.heads_q // case.heads_kv
         scale = 1.0 / math.sqrt(case.headdim)
         rows = torch.arange(case.seqlen_q, device=inputs.query.device)[:, None]
@@ -235,7 +237,7 @@ class Flex(Provider):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         if case.lengths or case.decode:
-            raise Unsupported("dense only in this benchmark")
+            raise UnsupportedError("dense only in this benchmark")
         left = case.window_left
 
         def keep(b, h, i, j):
@@ -277,7 +279,7 @@ class FlashAttention3(Provider):
 
     def forward_function(self, case: Case, inputs: Inputs) -> Forward:
         fa3 = _import("flash_attn_interface")
-        options = dict(causal=case.causal, window_size=case.window_size)
+        options = {"causal": case.causal, "window_size": case.window_size}
 
         def first(result):
             return result[0] if isinstance(result, tuple) else result
@@ -306,7 +308,7 @@ class FlashAttention4(Provider):
     def forward_function(self, case: Case, inputs: Inputs) -> Forward:
         fa4 = _import("flash_attn.cute")
         if case.lengths or case.decode:
-            raise Unsupported("dense only in this benchmark")
+            raise UnsupportedError("dense only in this benchmark")
         window = tuple(None if side < 0 else side for side in case.window_size)
 
         def attend(q, k, v, sink):

@@ -8,13 +8,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .run import COLUMNS
+from .run import CASE_COLUMNS, COLUMNS
 
 Row = dict[str, object]
-KEY = tuple(
-    "direction batch seqlen_q seqlen_k heads_q heads_kv headdim headdim_v mask window_left "
-    "window_right varlen dtype timing".split()
-)
+KEY = (*CASE_COLUMNS, "timing")
 
 
 def case_key(row: Row) -> tuple:
@@ -66,17 +63,20 @@ def table(rows: Sequence[Row], baseline: str) -> str:
             if row is None:
                 cells.append("–")
                 continue
-            rate = f"{row['tflops']:.0f} TF" if row["direction"] != "decode" else ""
-            rate = rate or f"{row['gbps']:.0f} GB/s"
-            if float(row["tflops"]) < 10 and row["direction"] != "decode":
-                rate = f"{1e3 * float(row['tflops']):.0f} GF"
-            cell = f"{float(row['ms']):.3f} ({rate})"
+            cell = f"{float(row['ms']):.3f} ({_rate(row)})"
             if baseline in group and name != baseline:
                 cell += f" {float(group[baseline]['ms']) / float(row['ms']):.2f}x"
             cells.append(cell)
         cells.append(str(first["limit_ms"]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _rate(row: Row) -> str:
+    if row["direction"] == "decode":
+        return f"{float(row['gbps']):.0f} GB/s"
+    tflops = float(row["tflops"])
+    return f"{tflops:.0f} TFLOPS" if tflops >= 10 else f"{1e3 * tflops:.0f} GFLOPS"
 
 
 def picture(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -111,7 +111,7 @@ def picture(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.set_xlabel(f"speed, % of the {goal}")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, frameon=False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130, bbox_inches="tight")

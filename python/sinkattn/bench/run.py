@@ -10,15 +10,19 @@ import torch
 
 from .cases import Case
 from .environment import Environment
-from .providers import Inputs, Provider, Unsupported, make_inputs
+from .providers import Inputs, Provider, UnsupportedError, make_inputs
 from .timing import Timer, graphed
 from .verify import Reference, reference, relative_error
 
+CASE_COLUMNS = (
+    *("direction", "batch", "seqlen_q", "seqlen_k", "heads_q", "heads_kv", "headdim", "headdim_v"),
+    *("mask", "window_left", "window_right", "varlen", "dtype"),
+)
 COLUMNS = (
-    "date,gpu,driver,commit,provider,version,direction,batch,seqlen_q,seqlen_k,heads_q,heads_kv,"
-    "headdim,headdim_v,mask,window_left,window_right,varlen,dtype,sink,deterministic,timing,ms,"
-    "tflops,gbps,limit_ms,error"
-).split(",")
+    *("date", "gpu", "driver", "commit", "provider", "version"),
+    *CASE_COLUMNS,
+    *("sink", "deterministic", "timing", "ms", "tflops", "gbps", "limit_ms", "error"),
+)
 
 
 def say(text: str) -> None:
@@ -102,7 +106,13 @@ def run_case(
                 errors[provider.name] = candidate.error(direction, references[with_sink])
                 functions[provider.name] = candidate.function(direction, mode)
                 ready[provider.name] = candidate
-            except (Unsupported, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            except (
+                UnsupportedError,
+                NotImplementedError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 say(f"    {provider.name:<24}{direction:<8}not measured: {reason[0][:160]}")
         references.clear()
@@ -144,7 +154,7 @@ def _row(case, provider, direction, mode, ms, error, environment) -> dict[str, o
         "deterministic": int(getattr(provider, "deterministic", False)),
         "timing": mode,
         "ms": round(ms, 5),
-        "tflops": round(case.flops(work) / ms / 1e9, 2),
+        "tflops": float(f"{case.flops(work) / ms / 1e9:.4g}"),
         "gbps": round(case.bytes(work) / ms / 1e6, 1),
         "limit_ms": limit,
         "error": f"{error:.3e}",
