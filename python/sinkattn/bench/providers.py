@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .cases import Case
 
 
-class UnsupportedError(Exception):
+class UnsupportedError(RuntimeError):
     """This provider does not serve this case; the text says why."""
 
 

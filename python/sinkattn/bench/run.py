@@ -10,7 +10,7 @@ import torch
 
 from .cases import Case
 from .environment import Environment
-from .providers import Inputs, Provider, UnsupportedError, make_inputs
+from .providers import Inputs, Provider, make_inputs
 from .timing import Timer, graphed
 from .verify import Reference, reference, relative_error
 
