@@ -37,7 +37,7 @@ target_link_libraries(sinkattn PRIVATE ${sinkattn_link_libraries})
 target_include_directories(sinkattn
   PUBLIC "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>" "$<INSTALL_INTERFACE:include>")
 target_compile_features(sinkattn PUBLIC cxx_std_20)
-set_target_properties(sinkattn PROPERTIES
-  VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR} BUILD_WITH_INSTALL_RPATH ON)
-target_link_options(sinkattn PRIVATE LINKER:--exclude-libs,ALL)
+# No VERSION and SOVERSION: a wheel stores the links they create as two further copies.
+set_target_properties(sinkattn PROPERTIES BUILD_WITH_INSTALL_RPATH ON)
+target_link_options(sinkattn PRIVATE LINKER:--exclude-libs,ALL "$<$<CONFIG:Release>:-s>")
 set_target_properties(sinkattn_core sinkattn PROPERTIES LINKER_LANGUAGE CXX)

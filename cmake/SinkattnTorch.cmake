@@ -37,7 +37,7 @@ target_include_directories(sinkattn_torch SYSTEM PRIVATE "${SINKATTN_TORCH_DIR}/
 target_compile_definitions(sinkattn_torch PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
 target_link_libraries(sinkattn_torch PRIVATE
   sinkattn_core "$<LINK_LIBRARY:keep_needed,${SINKATTN_TORCH_DIR}/lib/libtorch.so>")
-target_link_options(sinkattn_torch PRIVATE LINKER:--exclude-libs,ALL)
+target_link_options(sinkattn_torch PRIVATE LINKER:--exclude-libs,ALL "$<$<CONFIG:Release>:-s>")
 set_target_properties(sinkattn_torch PROPERTIES
   OUTPUT_NAME sinkattn_torch
   PREFIX lib

@@ -13,21 +13,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# Everything the operator library may name in DT_NEEDED. libtorch.so must be there: the stream of a
-# CUDA torch is found through it. Torch's other libraries are mapped already when ours is loaded.
-TORCH_LIBRARY_NEEDED = {
-    "libtorch.so",
-    "libstdc++.so.6",
-    "libgcc_s.so.1",
-    "libc.so.6",
-    "libm.so.6",
-    "ld-linux-x86-64.so.2",
-    "ld-linux-aarch64.so.1",
-}
 # C functions of torch's stable ABI; C++ names of torch, at or c10 are promised to nobody.
 STABLE_SHIM = re.compile(r"^(aoti_torch|torch)_[a-z0-9_]+$")
 # Weak references the compiler's start files make; resolving to nothing is fine.
-_START_FILES = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+_START_FILES = {
+    "__cxa_finalize",
+    "__gmon_start__",
+    "_ITM_deregisterTMCloneTable",
+    "_ITM_registerTMCloneTable",
+}
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,12 @@ import shutil
 import site
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:
+    sys.exit(f"bootstrap: expected Python >= 3.11, got {sys.version.split()[0]}")
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -301,9 +305,6 @@ def main() -> int:
     parser.add_argument("--groups", nargs="+", default=list(DEFAULT_GROUPS))
     parser.add_argument("--offline", action="store_true", help="never try the network")
     arguments = parser.parse_args()
-    if sys.version_info < (3, 11):
-        print(f"bootstrap: expected Python >= 3.11, got {sys.version.split()[0]}", file=sys.stderr)
-        return 1
     try:
         bootstrap(arguments.groups, arguments.offline)
     except Missing as error:

@@ -59,6 +59,17 @@ def environment() -> dict[str, str]:
     return env
 
 
+def cached_compiler(folder: Path) -> str | None:
+    """The nvcc that a build folder was configured with."""
+    cache = folder / "CMakeCache.txt"
+    found = (
+        re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.M)
+        if cache.exists()
+        else None
+    )
+    return found.group(1) if found else None
+
+
 def configure_and_build(folder: Path, *definitions: str, targets: tuple[str, ...] = ()) -> None:
     tools = toolchain()
     options = [
@@ -68,6 +79,9 @@ def configure_and_build(folder: Path, *definitions: str, targets: tuple[str, ...
     ]
     if tools["googletest"]:
         options.append(f"-DGTest_ROOT={tools['googletest']}")
+    cached = cached_compiler(folder)
+    if cached is not None and cached != tools["nvcc"] and "SINKATTN_SANITIZE=ON" not in definitions:
+        options.append("--fresh")  # CMake never looks for a compiler twice
     env = environment()
     run(tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *options, env=env)
     wanted = ["--target", *targets] if targets else []
@@ -190,7 +204,7 @@ def pytest(stages: Path) -> None:
         "PYTHONPATH": str(ROOT / "python"),
         "SINKATTN_STAGES": str(stages),
     }
-    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    options = ["-m", "pytest", "-p", "no:cacheprovider"]
     run(sys.executable, *options, env=env)
 
 
