@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -239,12 +240,14 @@ def style(clang_format: list[str], ruff_check: list[str], ruff_format: list[str]
         ["ruff", "check", *ruff_check],
         ["ruff", "format", *ruff_format],
     ]
-    bin_folder = ROOT / ".venv" / "bin"
-    codes = [
-        subprocess.run([str(bin_folder / name), *rest], cwd=ROOT).returncode
-        for name, *rest in commands
-    ]
-    if any(codes):
+    path = environment()["PATH"]
+    failed = False
+    for name, *rest in commands:
+        program = shutil.which(name, path=path)
+        if program is None:
+            sys.exit(f"{name} is not installed and could not be fetched")
+        failed |= subprocess.run([program, *rest], cwd=ROOT).returncode != 0
+    if failed:
         sys.exit(1)
 
 

@@ -20,7 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
 from pathlib import Path
 
@@ -55,7 +54,7 @@ class ToolsMissing(Exception):
 def tool_path() -> str:
     """A PATH on which cuobjdump and nvdisasm are found, toolkit first, wheels second."""
     folders = [os.environ["PATH"], "/usr/local/cuda/bin"]
-    folders.append(str(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")))
+    folders += [str(Path(folder, "nvidia", "cu13", "bin")) for folder in sys.path]
     path = os.pathsep.join(folders)
     for tool in ("cuobjdump", "nvdisasm"):
         if shutil.which(tool, path=path) is None:
