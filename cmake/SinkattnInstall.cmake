@@ -31,3 +31,20 @@ if(SINKATTN_WITH_TORCH)
   install(TARGETS sinkattn_torch
           LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT sinkattn_torch)
 endif()
+
+# What is linked into the wheel's libraries, for whoever scans it (PEP 770).
+if(SKBUILD_METADATA_DIR)
+  if(SINKATTN_WITH_CUDA)
+    set(SINKATTN_SBOM_CUDART "{
+    \"type\": \"library\",
+    \"name\": \"cudart_static\",
+    \"version\": \"${CUDAToolkit_VERSION}\",
+    \"supplier\": {\"name\": \"NVIDIA Corporation\"},
+    \"licenses\": [{\"license\": {\"name\": \"CUDA Toolkit EULA, Attachment A (redistributable)\"}}]
+  }")
+  endif()
+  configure_file("${PROJECT_SOURCE_DIR}/cmake/sbom.cdx.json.in"
+                 "${PROJECT_BINARY_DIR}/sinkattn.cdx.json" @ONLY)
+  install(FILES "${PROJECT_BINARY_DIR}/sinkattn.cdx.json"
+          DESTINATION "${SKBUILD_METADATA_DIR}/sboms" COMPONENT sinkattn_torch)
+endif()

@@ -209,10 +209,11 @@ def test_wheel_tag(wheel, library):
     assert platform == audit.platform_tag(library)
 
 
-def test_wheel_contents(wheel):
+def test_wheel_contents(wheel, has_kernels):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         shipped = archive.read("sinkattn/lib/libsinkattn_torch.so")
+        (bill,) = (json.loads(archive.read(n)) for n in names if n.endswith(".cdx.json"))
     for wanted in (
         "sinkattn/__init__.py",
         "sinkattn/include/sinkattn/attention.h",
@@ -223,6 +224,7 @@ def test_wheel_contents(wheel):
     assert any(re.match(r"sinkattn/lib/libsinkattn\.so", name) for name in names)
     foreign = re.compile(r"\.(pkl|pickle|pyc|a|o|cu|cpp)$|/tests?/")
     assert [name for name in names if foreign.search(name)] == []
+    assert [c["name"] for c in bill["components"]] == (["cudart_static"] if has_kernels else [])
     assert shipped == LIBRARY.read_bytes(), "the wheel carries another build than was tested"
 
 
