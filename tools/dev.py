@@ -6,6 +6,7 @@ python tools/dev.py build | test | wheel | demo | bench | lint | format
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -201,11 +202,16 @@ def test() -> None:
 
 
 def pytest(stages: Path) -> None:
+    """One worker per core; on a machine with a GPU a single one, since its memory is shared."""
     env = environment() | {
         "PYTHONPATH": str(ROOT / "python"),
         "SINKATTN_STAGES": str(stages),
+        # The workers share the cores: a thread that waits for its team must not spin.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     options = ["-m", "pytest", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") and not Path("/dev/nvidiactl").exists():
+        options += ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
     run(sys.executable, *options, env=env)
 
 
