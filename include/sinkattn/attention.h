@@ -3,7 +3,8 @@
 //
 // Every operation is plan -> execute:
 //     Plan plan;
-//     Status s = plan_forward(params, device_properties, &plan);     // all argument checks happen here
+//     Status s = plan_forward(params, device_properties, &plan);     // all argument checks happen
+//     here
 //     ... allocate plan.workspace_bytes on the device ...
 //     s = forward(params, plan, context);                            // checks again, then launches
 // Execution allocates nothing, throws nothing, never synchronises with the host, is safe under
@@ -27,9 +28,9 @@ using ParallelFor = void (*)(void* executor_context, std::int64_t n,
 
 /// Where and with what an operation runs.
 struct ExecutionContext {
-  void* workspace = nullptr;        ///< plan.workspace_bytes bytes on the device of the tensors
+  void* workspace = nullptr;  ///< plan.workspace_bytes bytes on the device of the tensors
   std::size_t workspace_bytes = 0;
-  void* stream = nullptr;           ///< CUDA: cudaStream_t
+  void* stream = nullptr;              ///< CUDA: cudaStream_t
   ParallelFor parallel_for = nullptr;  ///< CPU: thread pool of the host program; null: OpenMP
   void* executor_context = nullptr;    ///< first argument of parallel_for
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One plain struct per operation: every argument with its shape, unit and default.
 //
-// Notation: b batch, sq / sk query / key length, h query heads, hk KV heads (h % hk == 0; query head
-// i reads KV head i / (h / hk)), d head dim of query and key, dv head dim of value. "packed" tensors
-// hold all sequences one after another, (total, heads, dim), delimited by cu_seqlens.
+// Notation: b batch, sq / sk query / key length, h query heads, hk KV heads (h % hk == 0; query
+// head i reads KV head i / (h / hk)), d head dim of query and key, dv head dim of value. "packed"
+// tensors hold all sequences one after another, (total, heads, dim), delimited by cu_seqlens.
 // Layout of 16-, 8- and 32-bit data tensors: last stride 1; on CUDA the base pointer and the other
 // strides are multiples of 16 bytes. Index tensors are int32 and live on the device of `query`;
 // their VALUES are untrusted and clamped where they are read, never believed.
@@ -36,10 +36,10 @@ struct ForwardParams {
   TensorView out;          ///< (b, sq, h, dv) or (total_q, h, dv); dtype of query (bf16 for e4m3)
   TensorView softmax_lse;  ///< optional fp32 (fp64 with fp64 query), (b, h, sq) or (h, total_q)
 
-  TensorView cu_seqlens_q;  ///< optional (b + 1,) int32: query is packed
-  TensorView cu_seqlens_k;  ///< optional (b + 1,) int32: key and value are packed
-  TensorView seqused_q;     ///< optional (b,) int32: only the first n query rows take part
-  TensorView seqused_k;     ///< optional (b,) int32: only the first n keys (slots) take part
+  TensorView cu_seqlens_q;         ///< optional (b + 1,) int32: query is packed
+  TensorView cu_seqlens_k;         ///< optional (b + 1,) int32: key and value are packed
+  TensorView seqused_q;            ///< optional (b,) int32: only the first n query rows take part
+  TensorView seqused_k;            ///< optional (b,) int32: only the first n keys (slots) take part
   std::int64_t max_seqlen_q = -1;  ///< upper bound, required with cu_seqlens_q; -1 not given
   std::int64_t max_seqlen_k = -1;  ///< upper bound, required with cu_seqlens_k; -1 not given
 
@@ -88,18 +88,18 @@ struct BackwardParams {
 
 /// Writes new keys and values into a cache, rotating them (and the queries) on the way.
 struct AppendParams {
-  TensorView key_new, value_new;  ///< (b, s_new, hk, ..) or packed (total_new, hk, ..)
-  TensorView cu_seqlens_k_new;    ///< optional (b + 1,) int32
+  TensorView key_new, value_new;      ///< (b, s_new, hk, ..) or packed (total_new, hk, ..)
+  TensorView cu_seqlens_k_new;        ///< optional (b + 1,) int32
   TensorView key_cache, value_cache;  ///< dense (b_k, capacity, hk, ..) or paged; written in place
-  TensorView cache_seqlens;    ///< (b,) int32: used slots before the append; new key t goes to + t
+  TensorView cache_seqlens;  ///< (b,) int32: used slots before the append; new key t goes to + t
   TensorView cache_batch_idx, cache_leftpad, page_table;
 
   TensorView rotary_cos, rotary_sin;  ///< optional (seqlen_ro, rotary_dim / 2), dtype of query
   TensorView rotary_seqlens;          ///< optional (b,): position offset instead of cache_seqlens
   bool rotary_interleaved = true;     ///< pairs (0, 1), ..; false: (0, rotary_dim / 2), ..
 
-  TensorView query;            ///< rotated when rotary_cos is given; otherwise may be undefined
-  TensorView query_rotated;    ///< output, as query
+  TensorView query;          ///< rotated when rotary_cos is given; otherwise may be undefined
+  TensorView query_rotated;  ///< output, as query
   TensorView cu_seqlens_q, seqused_q;
   std::int64_t max_seqlen_q = -1;
   TensorView seqused_k_after;  ///< output (b,) int32: used slots after the append, clamped
@@ -108,10 +108,10 @@ struct AppendParams {
 
 /// Merges partial results (splits, context-parallel ranks); the sink enters here exactly once.
 struct CombineParams {
-  TensorView out_partial;  ///< (n, b, s, h, dv) or (n, total, h, dv) fp32 (fp64 on the CPU)
-  TensorView lse_partial;  ///< (n, b, s, h) or (n, total, h), sink-free
-  TensorView out;          ///< (b, s, h, dv) or (total, h, dv); fp32, bf16, fp16 (fp64)
-  TensorView softmax_lse;  ///< (b, s, h) or (total, h), any strides
+  TensorView out_partial;     ///< (n, b, s, h, dv) or (n, total, h, dv) fp32 (fp64 on the CPU)
+  TensorView lse_partial;     ///< (n, b, s, h) or (n, total, h), sink-free
+  TensorView out;             ///< (b, s, h, dv) or (total, h, dv); fp32, bf16, fp16 (fp64)
+  TensorView softmax_lse;     ///< (b, s, h) or (total, h), any strides
   TensorView learnable_sink;  ///< optional (h,)
 };
 

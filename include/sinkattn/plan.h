@@ -26,10 +26,10 @@ struct Plan {
   std::size_t workspace_bytes = 0;  ///< the caller provides this much, 256-byte aligned
   int num_splits = 1;
   bool pack_gqa = false;
-  int tile_m = 0;       ///< query rows per tile
-  int tile_n = 0;       ///< keys per tile
-  char kernel[96] = {}; ///< name of the main kernel (instance)
-  char reason[256] = {};///< why this one, as one printable line
+  int tile_m = 0;         ///< query rows per tile
+  int tile_n = 0;         ///< keys per tile
+  char kernel[96] = {};   ///< name of the main kernel (instance)
+  char reason[256] = {};  ///< why this one, as one printable line
 };
 
 }  // namespace sinkattn

@@ -52,10 +52,10 @@ class [[nodiscard]] Status {
 };
 
 /// Returns the Status of `expression` from the enclosing function unless it is ok.
-#define SINKATTN_RETURN_IF_ERROR(expression)                \
-  do {                                                      \
-    ::sinkattn::Status sinkattn_status_ = (expression);     \
-    if (!sinkattn_status_.ok()) return sinkattn_status_;    \
+#define SINKATTN_RETURN_IF_ERROR(expression)             \
+  do {                                                   \
+    ::sinkattn::Status sinkattn_status_ = (expression);  \
+    if (!sinkattn_status_.ok()) return sinkattn_status_; \
   } while (false)
 
 }  // namespace sinkattn

@@ -19,13 +19,18 @@ enum class DType : std::uint8_t {
 /// Bytes per element; 0 for undefined.
 constexpr int dtype_size(DType dtype) {
   switch (dtype) {
-    case DType::float64: return 8;
+    case DType::float64:
+      return 8;
     case DType::float32:
-    case DType::int32: return 4;
+    case DType::int32:
+      return 4;
     case DType::bfloat16:
-    case DType::float16: return 2;
-    case DType::float8_e4m3: return 1;
-    case DType::undefined: break;
+    case DType::float16:
+      return 2;
+    case DType::float8_e4m3:
+      return 1;
+    case DType::undefined:
+      break;
   }
   return 0;
 }
@@ -33,13 +38,20 @@ constexpr int dtype_size(DType dtype) {
 /// Name used in error messages.
 constexpr const char* dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::float64: return "float64";
-    case DType::float32: return "float32";
-    case DType::bfloat16: return "bfloat16";
-    case DType::float16: return "float16";
-    case DType::float8_e4m3: return "float8_e4m3";
-    case DType::int32: return "int32";
-    case DType::undefined: break;
+    case DType::float64:
+      return "float64";
+    case DType::float32:
+      return "float32";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
+    case DType::float8_e4m3:
+      return "float8_e4m3";
+    case DType::int32:
+      return "int32";
+    case DType::undefined:
+      break;
   }
   return "undefined";
 }

@@ -9,9 +9,7 @@
 namespace sinkattn {
 namespace {
 
-DType output_dtype(DType query) {
-  return query == DType::float8_e4m3 ? DType::bfloat16 : query;
-}
+DType output_dtype(DType query) { return query == DType::float8_e4m3 ? DType::bfloat16 : query; }
 
 /// A tensor shaped like `like` but for its last dimension.
 Status like(const TensorView& tensor, const char* name, const TensorView& like, std::int64_t last,
@@ -43,8 +41,10 @@ Status check_descale(const TensorView& scale, const char* name, const TensorView
                      const AttentionShape& shape) {
   if (!scale.defined()) return {};
   if (query.dtype != DType::float8_e4m3) {
-    return Status::error(StatusCode::value_error, "%s: expected none unless q is float8_e4m3, got "
-                         "one with %s", name, dtype_name(query.dtype));
+    return Status::error(StatusCode::value_error,
+                         "%s: expected none unless q is float8_e4m3, got "
+                         "one with %s",
+                         name, dtype_name(query.dtype));
   }
   SINKATTN_RETURN_IF_ERROR(check::same_device(scale, name, query.device));
   SINKATTN_RETURN_IF_ERROR(check::dtype(scale, name, DType::float32));
@@ -66,12 +66,12 @@ Status check_splits(const ForwardParams& p, const AttentionShape& shape) {
 
 Status make_forward_problem(const ForwardParams& p, ForwardProblem* problem) {
   *problem = {};
-  SINKATTN_RETURN_IF_ERROR(check::shared(
-      {p.query, p.key, p.value, p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q, p.seqused_k,
-       p.max_seqlen_q, p.max_seqlen_k, p.page_table, p.cache_batch_idx, p.cache_leftpad,
-       p.learnable_sink, p.softmax_scale, p.mask, p.softcap, p.sm_margin, true,
-       p.query_v.defined()},
-      problem));
+  SINKATTN_RETURN_IF_ERROR(
+      check::shared({p.query, p.key, p.value, p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q,
+                     p.seqused_k, p.max_seqlen_q, p.max_seqlen_k, p.page_table, p.cache_batch_idx,
+                     p.cache_leftpad, p.learnable_sink, p.softmax_scale, p.mask, p.softcap,
+                     p.sm_margin, true, p.query_v.defined()},
+                    problem));
   const Device device = p.query.device;
   SINKATTN_RETURN_IF_ERROR(check::key_storage(p.key, p.value, p.page_table, p.cache_batch_idx,
                                               problem->batch, problem->packed_k, device,
@@ -136,8 +136,7 @@ Status make_backward_problem(const BackwardParams& p, BackwardProblem* problem) 
     const char* name;
   } statistics[] = {{p.softmax_lse, "softmax_lse"}, {p.dlse, "dlse"}, {p.softmax_d, "softmax_d"}};
   for (const auto& s : statistics) {
-    SINKATTN_RETURN_IF_ERROR(
-        check::statistics(s.tensor, s.name, *problem, p.query.dtype, device));
+    SINKATTN_RETURN_IF_ERROR(check::statistics(s.tensor, s.name, *problem, p.query.dtype, device));
   }
   if (p.dk.defined() != p.dv.defined()) {
     return Status::error(StatusCode::value_error, "dk: expected dk and dv together, got one");

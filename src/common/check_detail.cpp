@@ -17,9 +17,7 @@ Status value_error(const char* name, const char* expected, const char* got) {
   return Status::error(StatusCode::value_error, "%s: expected %s, got %s", name, expected, got);
 }
 
-const char* device_name(Device device) {
-  return device.type == DeviceType::cpu ? "cpu" : "cuda";
-}
+const char* device_name(Device device) { return device.type == DeviceType::cpu ? "cpu" : "cuda"; }
 
 bool is_16_bit(DType type) { return type == DType::bfloat16 || type == DType::float16; }
 
@@ -309,8 +307,8 @@ Status lengths(const SharedArguments& a, AttentionShape* shape) {
     return value_error("cu_seqlens_k", "none together with cache_leftpad", "both");
   }
   shape->rows_q = a.query.shape[shape->packed_q ? 0 : 1];
-  shape->longest_q = shape->packed_q && a.max_seqlen_q < shape->rows_q ? a.max_seqlen_q
-                                                                      : shape->rows_q;
+  shape->longest_q =
+      shape->packed_q && a.max_seqlen_q < shape->rows_q ? a.max_seqlen_q : shape->rows_q;
   shape->side_q = {index_data(a.cu_seqlens_q), index_data(a.seqused_q), nullptr, shape->rows_q,
                    a.max_seqlen_q};
   if (a.page_table.defined()) {
@@ -319,14 +317,13 @@ Status lengths(const SharedArguments& a, AttentionShape* shape) {
   } else {
     shape->rows_k = a.key.shape[shape->packed_k ? 0 : 1];
   }
-  shape->longest_k = shape->packed_k && a.max_seqlen_k < shape->rows_k ? a.max_seqlen_k
-                                                                      : shape->rows_k;
-  shape->side_k = {index_data(a.cu_seqlens_k), index_data(a.seqused_k),
-                   index_data(a.cache_leftpad), shape->rows_k, a.max_seqlen_k};
+  shape->longest_k =
+      shape->packed_k && a.max_seqlen_k < shape->rows_k ? a.max_seqlen_k : shape->rows_k;
+  shape->side_k = {index_data(a.cu_seqlens_k), index_data(a.seqused_k), index_data(a.cache_leftpad),
+                   shape->rows_k, a.max_seqlen_k};
   if (shape->rows_k > std::numeric_limits<std::int32_t>::max() ||
       shape->rows_q > std::numeric_limits<std::int32_t>::max()) {
-    return value_error(shape->rows_q > shape->rows_k ? "q" : "k", "fewer than 2^31 tokens",
-                       "more");
+    return value_error(shape->rows_q > shape->rows_k ? "q" : "k", "fewer than 2^31 tokens", "more");
   }
   return {};
 }
@@ -337,8 +334,7 @@ Status shared(const SharedArguments& a, AttentionShape* shape) {
   SINKATTN_RETURN_IF_ERROR(defined(a.query, "q"));
   SINKATTN_RETURN_IF_ERROR(tensors(a, shape));
   SINKATTN_RETURN_IF_ERROR(lengths(a, shape));
-  SINKATTN_RETURN_IF_ERROR(
-      sink(a.learnable_sink, shape->heads_q, a.query.dtype, a.query.device));
+  SINKATTN_RETURN_IF_ERROR(sink(a.learnable_sink, shape->heads_q, a.query.dtype, a.query.device));
   SINKATTN_RETURN_IF_ERROR(softmax_scale(a.softmax_scale));
   SINKATTN_RETURN_IF_ERROR(softcap(a.softcap));
   SINKATTN_RETURN_IF_ERROR(mask(a.mask));

@@ -62,8 +62,8 @@ SINKATTN_HOST_DEVICE constexpr std::int64_t floor_div(std::int64_t a, std::int64
   return a >= 0 ? a / b : -((-a + b - 1) / b);
 }
 
-/// Keys visible to query row i of a sequence with sq rows and sk keys, clipped to [0, sk). Both ends
-/// never decrease with i; an invisible row gives an empty range.
+/// Keys visible to query row i of a sequence with sq rows and sk keys, clipped to [0, sk). Both
+/// ends never decrease with i; an invisible row gives an empty range.
 SINKATTN_HOST_DEVICE constexpr Range visible_keys(const Mask& mask, std::int64_t i, std::int64_t sq,
                                                   std::int64_t sk) {
   const std::int64_t p = i + sk - sq;

@@ -15,8 +15,8 @@ struct SequenceSide {
   const std::int32_t* cu_seqlens = nullptr;  ///< (b + 1,): packed
   const std::int32_t* seqused = nullptr;     ///< (b,)
   const std::int32_t* leftpad = nullptr;     ///< (b,), keys only
-  std::int64_t capacity = 0;    ///< packed: total rows; dense: rows; paged: max_pages * page_size
-  std::int64_t max_seqlen = -1; ///< truncation bound of a packed sequence; -1 none
+  std::int64_t capacity = 0;     ///< packed: total rows; dense: rows; paged: max_pages * page_size
+  std::int64_t max_seqlen = -1;  ///< truncation bound of a packed sequence; -1 none
 };
 
 /// One sequence on one side. Token t of the sequence is row `first_row + t` of its (packed tensor |
@@ -38,8 +38,8 @@ SINKATTN_HOST_DEVICE inline SequenceInfo resolve_sequence(const SequenceSide& si
   info.extent = side.capacity;
   if (side.cu_seqlens != nullptr) {
     info.first_row = clamp_index(side.cu_seqlens[b], 0, side.capacity);
-    info.extent = clamp_index(side.cu_seqlens[b + 1], info.first_row, side.capacity) -
-                  info.first_row;
+    info.extent =
+        clamp_index(side.cu_seqlens[b + 1], info.first_row, side.capacity) - info.first_row;
   }
   info.length = info.extent;
   if (side.cu_seqlens != nullptr && side.max_seqlen >= 0 && info.length > side.max_seqlen) {
