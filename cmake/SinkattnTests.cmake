@@ -3,7 +3,8 @@
 set(sinkattn_tests_dir "${PROJECT_BINARY_DIR}/tests")
 
 if(SINKATTN_TESTS)
-  find_package(GTest CONFIG QUIET)
+  # The hint is where tools/bootstrap.py unpacks the distribution's package.
+  find_package(GTest CONFIG QUIET HINTS "${PROJECT_SOURCE_DIR}/.venv/googletest/usr")
   file(GLOB sinkattn_test_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/tests/cpp/*.cpp")
   if(NOT GTest_FOUND)
     message(NOTICE "sinkattn: GoogleTest was not found, the C++ tests are NOT built")

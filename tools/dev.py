@@ -79,8 +79,6 @@ def configure_and_build(folder: Path, *definitions: str, targets: tuple[str, ...
         f"-DPython3_EXECUTABLE={sys.executable}",
         *(f"-D{definition}" for definition in definitions),
     ]
-    if tools["googletest"]:
-        options.append(f"-DGTest_ROOT={tools['googletest']}")
     cached = cached_compiler(folder)
     if cached is not None and cached != tools["nvcc"] and "SINKATTN_SANITIZE=ON" not in definitions:
         options.append("--fresh")  # CMake never looks for a compiler twice

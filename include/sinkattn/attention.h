@@ -31,7 +31,7 @@ struct ExecutionContext {
   void* workspace = nullptr;  ///< plan.workspace_bytes bytes on the device of the tensors
   std::size_t workspace_bytes = 0;
   void* stream = nullptr;              ///< CUDA: cudaStream_t
-  ParallelFor parallel_for = nullptr;  ///< CPU: thread pool of the host program; null: OpenMP
+  ParallelFor parallel_for = nullptr;  ///< CPU: thread pool of the host program; null: own threads
   void* executor_context = nullptr;    ///< first argument of parallel_for
 };
 
