@@ -4,6 +4,7 @@
 
 #include "common/check.h"
 #include "common/check_detail.h"
+#include "sinkattn/attention.h"
 
 namespace sinkattn {
 namespace {

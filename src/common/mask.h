@@ -16,7 +16,9 @@
 #if defined(__CUDACC__)
 #define SINKATTN_HOST_DEVICE __host__ __device__
 #else
-#define SINKATTN_HOST_DEVICE
+// Always inlined on the host: these functions are also used by files compiled for one instruction
+// set, and an out-of-line copy from there must never be the one that the linker keeps.
+#define SINKATTN_HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace sinkattn {
