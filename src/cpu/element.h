@@ -33,8 +33,8 @@ inline float e4m3_to_float(std::uint8_t bits) {
   } else if (exponent == 0) {
     magnitude = static_cast<float>(mantissa) * 0x1p-9f;
   } else {
-    magnitude = std::bit_cast<float>(static_cast<std::uint32_t>((exponent + 120) << 23 |
-                                                                mantissa << 20));
+    magnitude =
+        std::bit_cast<float>(static_cast<std::uint32_t>((exponent + 120) << 23 | mantissa << 20));
   }
   return (bits & 0x80) != 0 ? -magnitude : magnitude;
 }
@@ -69,11 +69,16 @@ struct Float8E4M3 {
 template <class Function>
 inline decltype(auto) with_element(DType dtype, Function&& function) {
   switch (dtype) {
-    case DType::float64: return function(Float64{});
-    case DType::bfloat16: return function(BFloat16{});
-    case DType::float16: return function(Float16{});
-    case DType::float8_e4m3: return function(Float8E4M3{});
-    default: return function(Float32{});
+    case DType::float64:
+      return function(Float64{});
+    case DType::bfloat16:
+      return function(BFloat16{});
+    case DType::float16:
+      return function(Float16{});
+    case DType::float8_e4m3:
+      return function(Float8E4M3{});
+    default:
+      return function(Float32{});
   }
 }
 
@@ -88,14 +93,18 @@ inline double load_element(const void* data, DType dtype, std::int64_t index) {
 /// Stores one element, rounding once.
 inline void store_element(void* data, DType dtype, std::int64_t index, double value) {
   switch (dtype) {
-    case DType::float64: static_cast<double*>(data)[index] = value; break;
+    case DType::float64:
+      static_cast<double*>(data)[index] = value;
+      break;
     case DType::bfloat16:
       static_cast<std::uint16_t*>(data)[index] = float_to_bfloat16(static_cast<float>(value));
       break;
     case DType::float16:
       static_cast<_Float16*>(data)[index] = Float16::store(static_cast<float>(value));
       break;
-    default: static_cast<float*>(data)[index] = static_cast<float>(value); break;
+    default:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      break;
   }
 }
 
@@ -122,10 +131,18 @@ inline void store_row(void* data, DType dtype, std::int64_t offset, std::int64_t
     }
   };
   switch (dtype) {
-    case DType::float64: store(Float64{}); break;
-    case DType::bfloat16: store(BFloat16{}); break;
-    case DType::float16: store(Float16{}); break;
-    default: store(Float32{}); break;
+    case DType::float64:
+      store(Float64{});
+      break;
+    case DType::bfloat16:
+      store(BFloat16{});
+      break;
+    case DType::float16:
+      store(Float16{});
+      break;
+    default:
+      store(Float32{});
+      break;
   }
 }
 

@@ -71,13 +71,13 @@ void forward(const ForwardProblem& p, const ExecutionContext& context) {
   for_each_row(p, context, [&](const Row& row) {
     const KeySequence sequence = key_sequence(p, p.keys, row.b);
     const double* q = at(p.query, p.query.offset(row.storage_batch, row.storage_row, row.head));
-    const double* qv = p.query_v.data == nullptr
-                           ? nullptr
-                           : at(p.query_v, p.query_v.offset(row.storage_batch, row.storage_row,
-                                                            row.head));
+    const double* qv =
+        p.query_v.data == nullptr
+            ? nullptr
+            : at(p.query_v, p.query_v.offset(row.storage_batch, row.storage_row, row.head));
     const auto value = [&](std::int64_t j) {
-      return at(p.keys.value, slot_offset(p.keys, p.keys.value, sequence.row, sequence.first + j,
-                                          row.kv_head));
+      return at(p.keys.value,
+                slot_offset(p.keys, p.keys.value, sequence.row, sequence.first + j, row.kv_head));
     };
     const auto score = [&](std::int64_t j) {
       const double* k = at(p.keys.key, slot_offset(p.keys, p.keys.key, sequence.row,
@@ -86,8 +86,8 @@ void forward(const ForwardProblem& p, const ExecutionContext& context) {
       if (qv != nullptr) s += dot(qv, value(j), p.head_dim_v);
       return capped(s * p.softmax_scale, p.softcap);
     };
-    // The maximum over the visible scores and the sink; a NaN is dropped here and comes back through
-    // the sum.
+    // The maximum over the visible scores and the sink; a NaN is dropped here and comes back
+    // through the sum.
     const double sink = sink_of(p, row.head);
     double maximum = sink;
     for (std::int64_t j = row.keys.begin; j < row.keys.end; ++j) {
@@ -150,9 +150,8 @@ void query_gradients(const BackwardProblem& p, const RowsTensor& d_rows,
     const SequenceInfo keys = resolve_sequence(p.side_k, row.b);
     const std::int64_t sb = row.storage_batch;
     const std::int64_t kb = p.packed_k ? 0 : row.b;
-    const double* dout = p.dout.data == nullptr
-                             ? nullptr
-                             : at(p.dout, p.dout.offset(sb, row.storage_row, row.head));
+    const double* dout =
+        p.dout.data == nullptr ? nullptr : at(p.dout, p.dout.offset(sb, row.storage_row, row.head));
     const double* out = at(p.out, p.out.offset(sb, row.storage_row, row.head));
     double d = dout == nullptr ? 0.0 : dot(dout, out, p.head_dim_v);
     if (p.dlse.data != nullptr) d -= statistic(p.dlse, sb, row.head, row.storage_row);
@@ -196,9 +195,8 @@ void key_gradients(const BackwardProblem& p, const RowsTensor& d_rows,
           const double* q = at(p.query, p.query.offset(qb, row, head));
           const double* dout =
               p.dout.data == nullptr ? nullptr : at(p.dout, p.dout.offset(qb, row, head));
-          const PairGradient g =
-              pair_gradient(p, q, k, v, dout, statistic(p.lse, qb, head, row),
-                            statistic(d_rows, qb, head, row));
+          const PairGradient g = pair_gradient(p, q, k, v, dout, statistic(p.lse, qb, head, row),
+                                               statistic(d_rows, qb, head, row));
           for (std::int64_t c = 0; c < p.head_dim; ++c) dk[c] += g.ds * p.softmax_scale * q[c];
           if (dout == nullptr) continue;
           for (std::int64_t c = 0; c < p.head_dim_v; ++c) dv[c] += g.p * dout[c];
@@ -228,8 +226,8 @@ void sink_gradients(const BackwardProblem& p, const RowsTensor& d_rows) {
 }  // namespace
 
 std::size_t backward_workspace(const BackwardProblem& p) {
-  return sizeof(double) * static_cast<std::size_t>(storage_batch(p.packed_q, p.batch) * p.heads_q *
-                                                   p.rows_q);
+  return sizeof(double) *
+         static_cast<std::size_t>(storage_batch(p.packed_q, p.batch) * p.heads_q * p.rows_q);
 }
 
 void backward(const BackwardProblem& p, const ExecutionContext& context) {
