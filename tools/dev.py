@@ -238,7 +238,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def style(clang_format: list[str], ruff_check: list[str], ruff_format: list[str]) -> None:
-    cpp = sources("*.h", "*.cpp", "*.cu", "*.cuh")
+    cpp = sources("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh")
     commands = [
         ["clang-format", *clang_format, *cpp],
         ["ruff", "check", *ruff_check],
