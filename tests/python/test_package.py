@@ -67,6 +67,27 @@ def test_hidden_symbols(library):
     assert [name for name in offered if "sinkattn" in name or name.startswith("cuda")] == []
 
 
+def test_instruction_sets_stay_apart():
+    """A file compiled for AVX offers its one entry and nothing a linker could take for baseline.
+
+    A template or inline function that two files share is kept once: if the copy with AVX-512 wins,
+    the library crashes on processors without it.
+    """
+    objects = [
+        path
+        for path in (ROOT / "build" / "release").rglob("src/cpu/*.o")
+        if re.search(r"_avx\w+\.cpp\.o$", path.name)
+    ]
+    if not objects:
+        pytest.skip("no build/release: run `make build`")
+    for path in objects:
+        listing = subprocess.run(
+            ["nm", "--defined-only", "--extern-only", str(path)],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        assert len(listing.splitlines()) == 1, f"{path.name}:\n{listing}"
+
+
 def test_platform_floor(library):
     assert audit.version_floor(library, "GLIBCXX") <= GLIBCXX_CEILING
     if audit.version_floor(library, "GLIBC") > GLIBC_CEILING:
