@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Torch tensors to core views, core errors to exceptions, device and stream of a call. Everything
+// goes through PyTorch's stable ABI; no mathematics lives here.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+#include "sinkattn/attention.h"
+
+namespace sinkattn::torch_binding {
+
+using Tensor = torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using ScalarType = torch::headeronly::ScalarType;
+
+/// Throws std::runtime_error "sinkattn: <code>: <message>" unless ok; interface.py maps the code to
+/// TypeError, ValueError, NotImplementedError or RuntimeError.
+void raise_if_error(const Status& status);
+
+/// View of a tensor; a dtype the core does not know is an error that names the argument.
+TensorView view(const Tensor& tensor, const char* name);
+TensorView view(const OptionalTensor& tensor, const char* name);
+
+ScalarType scalar_type(DType dtype);
+
+Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> shape, DType dtype);
+Tensor new_empty_like(const Tensor& like);
+
+/// The device of a tensor, its facts, and while it lives, the current device of the thread.
+class Call {
+ public:
+  explicit Call(const Tensor& tensor);
+
+  const DeviceProperties& device() const { return properties_; }
+
+  /// Stream, threads and a fresh workspace for `plan`.
+  ExecutionContext context(const Plan& plan);
+
+ private:
+  const Tensor& tensor_;
+  DeviceProperties properties_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  OptionalTensor workspace_;
+};
+
+}  // namespace sinkattn::torch_binding

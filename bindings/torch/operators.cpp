@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operators of namespace `sinkattn`: tensors -> params -> plan -> run. Schemas are append-only.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "convert.h"
+
+namespace sinkattn::torch_binding {
+namespace {
+
+using Int = std::int64_t;
+using OptionalInt = std::optional<std::int64_t>;
+using OptionalDouble = std::optional<double>;
+using OptionalBool = std::optional<bool>;
+
+PackGqa pack_gqa_of(const OptionalBool& value) {
+  if (!value.has_value()) return PackGqa::automatic;
+  return *value ? PackGqa::on : PackGqa::off;
+}
+
+MaskParams mask_of(bool causal, Int window_left, Int window_right, Int attention_chunk) {
+  return {causal, window_left, window_right, attention_chunk};
+}
+
+int narrow_int(Int value, const char* name) {
+  if (value < -(Int{1} << 30) || value > (Int{1} << 30)) {
+    raise_if_error(Status::error(StatusCode::value_error,
+                                 "%s: expected a small integer, got %lld", name,
+                                 static_cast<long long>(value)));
+  }
+  return static_cast<int>(value);
+}
+
+DType statistics_dtype(DType query) {
+  return query == DType::float64 ? DType::float64 : DType::float32;
+}
+
+/// LSE tensor of a query: (b, h, sq) or (h, total_q).
+Tensor new_statistics(const Tensor& q, const TensorView& query, bool packed) {
+  const DType type = statistics_dtype(query.dtype);
+  if (packed) return new_empty(q, {query.size_back(1), query.shape[0]}, type);
+  return new_empty(q, {query.shape[0], query.size_back(1), query.shape[1]}, type);
+}
+
+void check_query_rank(const TensorView& query, bool packed) {
+  const int expected = packed ? 3 : 4;
+  if (query.rank == expected) return;
+  raise_if_error(Status::error(StatusCode::value_error, "q: expected %d dimensions, got %d",
+                               expected, query.rank));
+}
+
+/// Arguments of fwd after q, k, v, as one bundle: fwd, fwd_out, fwd_kvcache and the plan text share
+/// them.
+#define SINKATTN_FORWARD_PARAMETERS                                                             \
+  OptionalTensor qv, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,                  \
+      OptionalTensor seqused_q, OptionalTensor seqused_k, OptionalInt max_seqlen_q,             \
+      OptionalInt max_seqlen_k, OptionalTensor page_table, OptionalTensor cache_batch_idx,      \
+      OptionalTensor cache_leftpad, OptionalTensor q_descale, OptionalTensor k_descale,         \
+      OptionalTensor v_descale, OptionalDouble softmax_scale, bool causal, Int window_left,     \
+      Int window_right, Int attention_chunk, double softcap, OptionalTensor scheduler_metadata, \
+      Int num_splits, OptionalBool pack_gqa, Int sm_margin, OptionalTensor learnable_sink
+#define SINKATTN_FORWARD_ARGUMENTS                                                               \
+  qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,  \
+      cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,    \
+      window_left, window_right, attention_chunk, softcap, scheduler_metadata, num_splits,       \
+      pack_gqa, sm_margin, learnable_sink
+
+ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                             SINKATTN_FORWARD_PARAMETERS) {
+  ForwardParams p;
+  p.query = view(q, "q");
+  p.key = view(k, "k");
+  p.value = view(v, "v");
+  p.query_v = view(qv, "qv");
+  p.cu_seqlens_q = view(cu_seqlens_q, "cu_seqlens_q");
+  p.cu_seqlens_k = view(cu_seqlens_k, "cu_seqlens_k");
+  p.seqused_q = view(seqused_q, "seqused_q");
+  p.seqused_k = view(seqused_k, "seqused_k");
+  p.max_seqlen_q = max_seqlen_q.value_or(-1);
+  p.max_seqlen_k = max_seqlen_k.value_or(-1);
+  p.page_table = view(page_table, "page_table");
+  p.cache_batch_idx = view(cache_batch_idx, "cache_batch_idx");
+  p.cache_leftpad = view(cache_leftpad, "cache_leftpad");
+  p.q_descale = view(q_descale, "q_descale");
+  p.k_descale = view(k_descale, "k_descale");
+  p.v_descale = view(v_descale, "v_descale");
+  p.learnable_sink = view(learnable_sink, "learnable_sink");
+  p.softmax_scale = softmax_scale;
+  p.mask = mask_of(causal, window_left, window_right, attention_chunk);
+  p.softcap = softcap;
+  p.scheduler_metadata = view(scheduler_metadata, "scheduler_metadata");
+  p.num_splits = narrow_int(num_splits, "num_splits");
+  p.pack_gqa = pack_gqa_of(pack_gqa);
+  p.sm_margin = narrow_int(sm_margin, "sm_margin");
+  check_query_rank(p.query, p.cu_seqlens_q.defined());
+  return p;
+}
+
+void run_forward(Call& call, const ForwardParams& params) {
+  Plan plan;
+  raise_if_error(plan_forward(params, call.device(), &plan));
+  raise_if_error(forward(params, plan, call.context(plan)));
+}
+
+/// Allocates out for the query of `params`: dtype of q, bf16 for e4m3.
+Tensor new_out(const Tensor& q, const ForwardParams& params) {
+  const TensorView& query = params.query;
+  if (params.value.rank < 1) {
+    raise_if_error(Status::error(StatusCode::value_error,
+                                 "v: expected 3 or 4 dimensions, got %d", params.value.rank));
+  }
+  const DType type = query.dtype == DType::float8_e4m3 ? DType::bfloat16 : query.dtype;
+  const Int dv = params.value.size_back(0);
+  if (query.rank == 3) return new_empty(q, {query.shape[0], query.shape[1], dv}, type);
+  return new_empty(q, {query.shape[0], query.shape[1], query.shape[2], dv}, type);
+}
+
+Tensor fwd_out(Tensor out, Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS) {
+  Call call(q);
+  ForwardParams params = forward_params(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
+  Tensor lse = new_statistics(q, params.query, params.cu_seqlens_q.defined());
+  params.out = view(out, "out");
+  params.softmax_lse = view(lse, "softmax_lse");
+  run_forward(call, params);
+  return lse;
+}
+
+std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS) {
+  Call call(q);
+  ForwardParams params = forward_params(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
+  Tensor out = new_out(q, params);
+  Tensor lse = new_statistics(q, params.query, params.cu_seqlens_q.defined());
+  params.out = view(out, "out");
+  params.softmax_lse = view(lse, "softmax_lse");
+  run_forward(call, params);
+  return {out, lse};
+}
+
+std::string explain_fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS) {
+  Call call(q);
+  ForwardParams params = forward_params(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
+  Tensor out = new_out(q, params);
+  params.out = view(out, "out");
+  Plan plan;
+  raise_if_error(plan_forward(params, call.device(), &plan));
+  return std::string("kernel ") + plan.kernel + ", tile " + std::to_string(plan.tile_m) + "x" +
+         std::to_string(plan.tile_n) + ", splits " + std::to_string(plan.num_splits) +
+         (plan.pack_gqa ? ", packed heads" : ", unpacked heads") + ", workspace " +
+         std::to_string(plan.workspace_bytes) + " bytes: " + plan.reason;
+}
+
+Tensor fwd_kvcache(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_new,
+                   Tensor v_new, OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos,
+                   OptionalTensor rotary_sin, OptionalTensor rotary_seqlens,
+                   bool rotary_interleaved, SINKATTN_FORWARD_PARAMETERS) {
+  Call call(q);
+  ForwardParams params = forward_params(q, k_cache, v_cache, SINKATTN_FORWARD_ARGUMENTS);
+  AppendParams append;
+  append.key_new = view(k_new, "k");
+  append.value_new = view(v_new, "v");
+  append.cu_seqlens_k_new = view(cu_seqlens_k_new, "cu_seqlens_k_new");
+  append.key_cache = params.key;
+  append.value_cache = params.value;
+  append.cache_seqlens = view(seqused_k, "cache_seqlens");
+  append.cache_batch_idx = params.cache_batch_idx;
+  append.cache_leftpad = params.cache_leftpad;
+  append.page_table = params.page_table;
+  append.rotary_cos = view(rotary_cos, "rotary_cos");
+  append.rotary_sin = view(rotary_sin, "rotary_sin");
+  append.rotary_seqlens = view(rotary_seqlens, "rotary_seqlens");
+  append.rotary_interleaved = rotary_interleaved;
+  append.cu_seqlens_q = params.cu_seqlens_q;
+  append.seqused_q = params.seqused_q;
+  append.max_seqlen_q = params.max_seqlen_q;
+  append.mask = params.mask;
+  OptionalTensor rotated;
+  if (rotary_cos.has_value()) {
+    rotated = new_empty_like(q);
+    append.query = params.query;
+    append.query_rotated = view(*rotated, "q");
+    params.query = append.query_rotated;
+  }
+  OptionalTensor used;
+  if (seqused_k.has_value()) {
+    used = new_empty_like(*seqused_k);
+    append.seqused_k_after = view(*used, "cache_seqlens");
+    params.seqused_k = append.seqused_k_after;
+  }
+  Tensor lse = new_statistics(q, params.query, params.cu_seqlens_q.defined());
+  params.out = view(out, "out");
+  params.softmax_lse = view(lse, "softmax_lse");
+  // The attention is checked before the cache is written: a refused call changes nothing.
+  Plan attention_plan;
+  raise_if_error(plan_forward(params, call.device(), &attention_plan));
+  Plan append_plan;
+  raise_if_error(plan_append_kv(append, call.device(), &append_plan));
+  raise_if_error(append_kv(append, append_plan, call.context(append_plan)));
+  raise_if_error(forward(params, attention_plan, call.context(attention_plan)));
+  return lse;
+}
+
+/// Arguments of bwd after dout and dlse.
+#define SINKATTN_BACKWARD_PARAMETERS                                                              \
+  OptionalTensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,             \
+      Tensor softmax_lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,               \
+      OptionalTensor seqused_q, OptionalTensor seqused_k, OptionalInt max_seqlen_q,               \
+      OptionalInt max_seqlen_k, OptionalDouble softmax_scale, bool causal, Int window_left,       \
+      Int window_right, Int attention_chunk, double softcap, bool deterministic, Int sm_margin,   \
+      bool need_dq, bool need_dkv, OptionalTensor learnable_sink
+#define SINKATTN_BACKWARD_ARGUMENTS                                                              \
+  dout, dlse, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,       \
+      max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right,              \
+      attention_chunk, softcap, deterministic, sm_margin, need_dq, need_dkv, learnable_sink
+
+BackwardParams backward_params(SINKATTN_BACKWARD_PARAMETERS) {
+  (void)need_dq, (void)need_dkv;
+  BackwardParams p;
+  p.dout = view(dout, "dout");
+  p.dlse = view(dlse, "dlse");
+  p.query = view(q, "q");
+  p.key = view(k, "k");
+  p.value = view(v, "v");
+  p.out = view(out, "out");
+  p.softmax_lse = view(softmax_lse, "softmax_lse");
+  p.cu_seqlens_q = view(cu_seqlens_q, "cu_seqlens_q");
+  p.cu_seqlens_k = view(cu_seqlens_k, "cu_seqlens_k");
+  p.seqused_q = view(seqused_q, "seqused_q");
+  p.seqused_k = view(seqused_k, "seqused_k");
+  p.max_seqlen_q = max_seqlen_q.value_or(-1);
+  p.max_seqlen_k = max_seqlen_k.value_or(-1);
+  p.softmax_scale = softmax_scale;
+  p.mask = mask_of(causal, window_left, window_right, attention_chunk);
+  p.softcap = softcap;
+  p.deterministic = deterministic;
+  p.sm_margin = narrow_int(sm_margin, "sm_margin");
+  p.learnable_sink = view(learnable_sink, "learnable_sink");
+  check_query_rank(p.query, p.cu_seqlens_q.defined());
+  return p;
+}
+
+/// dsink for a sink, or an empty tensor without one.
+Tensor new_dsink(const Tensor& q, const OptionalTensor& sink) {
+  if (!sink.has_value()) return new_empty(q, {0}, DType::float32);
+  return new_empty_like(*sink);
+}
+
+void run_backward(Call& call, const BackwardParams& params) {
+  const bool nothing =
+      !params.dq.defined() && !params.dk.defined() && !params.dsink.defined() &&
+      !params.softmax_d.defined();
+  if (nothing) return;
+  Plan plan;
+  raise_if_error(plan_backward(params, call.device(), &plan));
+  raise_if_error(backward(params, plan, call.context(plan)));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(SINKATTN_BACKWARD_PARAMETERS) {
+  Call call(q);
+  BackwardParams params = backward_params(SINKATTN_BACKWARD_ARGUMENTS);
+  const DType type = params.query.dtype;
+  Tensor dq = need_dq ? new_empty_like(q) : new_empty(q, {0}, type);
+  Tensor dk = need_dkv ? new_empty_like(k) : new_empty(q, {0}, type);
+  Tensor dv = need_dkv ? new_empty_like(v) : new_empty(q, {0}, type);
+  Tensor dsink = new_dsink(q, learnable_sink);
+  if (need_dq) params.dq = view(dq, "dq");
+  if (need_dkv) {
+    params.dk = view(dk, "dk");
+    params.dv = view(dv, "dv");
+  }
+  if (learnable_sink.has_value()) params.dsink = view(dsink, "dsink");
+  run_backward(call, params);
+  return {dq, dk, dv, dsink};
+}
+
+/// D' padded as FA3 pads it: rows to a multiple of 128, in packed form 128 more per sequence.
+Tensor new_softmax_d(const Tensor& q, const BackwardParams& params) {
+  const TensorView& query = params.query;
+  const auto round_up = [](Int n) { return (n + 127) / 128 * 128; };
+  const DType type = statistics_dtype(query.dtype);
+  Tensor d = query.rank == 3
+                 ? new_empty(q,
+                             {query.shape[1],
+                              round_up(query.shape[0] + (params.cu_seqlens_q.shape[0] - 1) * 128)},
+                             type)
+                 : new_empty(q, {query.shape[0], query.shape[2], round_up(query.shape[1])}, type);
+  torch::stable::zero_(d);
+  return d;
+}
+
+std::tuple<Tensor, Tensor> bwd_out(Tensor dq, Tensor dk, Tensor dv, SINKATTN_BACKWARD_PARAMETERS) {
+  Call call(q);
+  BackwardParams params = backward_params(SINKATTN_BACKWARD_ARGUMENTS);
+  Tensor d = new_softmax_d(q, params);
+  Tensor dsink = new_dsink(q, learnable_sink);
+  params.softmax_d = view(d, "softmax_d");
+  params.softmax_d.shape[params.softmax_d.rank - 1] = params.query.shape[params.query.rank - 3];
+  if (need_dq) params.dq = view(dq, "dq");
+  if (need_dkv) {
+    params.dk = view(dk, "dk");
+    params.dv = view(dv, "dv");
+  }
+  if (learnable_sink.has_value()) params.dsink = view(dsink, "dsink");
+  run_backward(call, params);
+  return {d, dsink};
+}
+
+Tensor combine_into(Tensor& out, const Tensor& out_partial, const Tensor& lse_partial,
+                    const OptionalTensor& learnable_sink) {
+  Call call(out_partial);
+  CombineParams params;
+  params.out_partial = view(out_partial, "out_partial");
+  params.lse_partial = view(lse_partial, "lse_partial");
+  params.out = view(out, "out");
+  params.learnable_sink = view(learnable_sink, "learnable_sink");
+  const TensorView& partial = params.out_partial;
+  // Memory order (.., h, rows): returned as the transposed view that FA3 returns.
+  const bool packed = partial.rank == 4;
+  const Int heads = partial.size_back(1);
+  const Int rows = partial.size_back(2);
+  Tensor lse = packed ? new_empty(out_partial, {heads, rows}, partial.dtype)
+                      : new_empty(out_partial, {partial.shape[1], heads, rows}, partial.dtype);
+  lse = torch::stable::transpose(lse, packed ? 0 : 1, packed ? 1 : 2);
+  params.softmax_lse = view(lse, "softmax_lse");
+  Plan plan;
+  raise_if_error(plan_combine(params, call.device(), &plan));
+  raise_if_error(combine(params, plan, call.context(plan)));
+  return lse;
+}
+
+void check_partial_rank(const Tensor& out_partial) {
+  const Int rank = out_partial.dim();
+  if (rank == 4 || rank == 5) return;
+  raise_if_error(Status::error(StatusCode::value_error,
+                               "out_partial: expected (n, b, s, h, dv) or (n, total, h, dv), got "
+                               "%lld dimensions",
+                               static_cast<long long>(rank)));
+}
+
+std::tuple<Tensor, Tensor> combine_op(Tensor out_partial, Tensor lse_partial,
+                                      std::optional<ScalarType> out_dtype,
+                                      OptionalTensor learnable_sink) {
+  check_partial_rank(out_partial);
+  const auto sizes = out_partial.sizes();
+  Tensor out = torch::stable::new_empty(out_partial, {sizes.data() + 1, sizes.size() - 1},
+                                        out_dtype.value_or(out_partial.scalar_type()));
+  Tensor lse = combine_into(out, out_partial, lse_partial, learnable_sink);
+  return {out, lse};
+}
+
+Tensor combine_out(Tensor out, Tensor out_partial, Tensor lse_partial,
+                   OptionalTensor learnable_sink) {
+  check_partial_rank(out_partial);
+  return combine_into(out, out_partial, lse_partial, learnable_sink);
+}
+
+Tensor get_scheduler_metadata(Int batch_size, Int max_seqlen_q, Int max_seqlen_k, Int num_heads_q,
+                              Int num_heads_kv, Int headdim, Int headdim_v, ScalarType qkv_dtype,
+                              Tensor cache_seqlens, OptionalTensor cu_seqlens_q,
+                              OptionalTensor cu_seqlens_k_new, OptionalTensor cache_leftpad,
+                              OptionalInt page_size, Int max_seqlen_k_new, bool causal,
+                              Int window_left, Int window_right, Int attention_chunk,
+                              bool has_softcap, Int num_splits, OptionalBool pack_gqa,
+                              Int sm_margin) {
+  (void)qkv_dtype;
+  Call call(cache_seqlens);
+  if (batch_size < 0 || batch_size > (Int{1} << 30)) {
+    raise_if_error(Status::error(StatusCode::value_error,
+                                 "batch_size: expected an integer in [0, 2^30], got %lld",
+                                 static_cast<long long>(batch_size)));
+  }
+  Tensor metadata = new_empty(cache_seqlens, {schedule_length(batch_size)}, DType::int32);
+  ScheduleParams p;
+  p.batch_size = batch_size;
+  p.max_seqlen_q = max_seqlen_q;
+  p.max_seqlen_k = max_seqlen_k;
+  p.num_heads_q = num_heads_q;
+  p.num_heads_kv = num_heads_kv;
+  p.headdim = headdim;
+  p.headdim_v = headdim_v;
+  p.cache_seqlens = view(cache_seqlens, "cache_seqlens");
+  p.cu_seqlens_q = view(cu_seqlens_q, "cu_seqlens_q");
+  p.cu_seqlens_k_new = view(cu_seqlens_k_new, "cu_seqlens_k_new");
+  p.cache_leftpad = view(cache_leftpad, "cache_leftpad");
+  p.page_size = page_size.value_or(0);
+  p.max_seqlen_k_new = max_seqlen_k_new;
+  p.mask = mask_of(causal, window_left, window_right, attention_chunk);
+  p.has_softcap = has_softcap;
+  p.num_splits = narrow_int(num_splits, "num_splits");
+  p.pack_gqa = pack_gqa_of(pack_gqa);
+  p.sm_margin = narrow_int(sm_margin, "sm_margin");
+  p.metadata = view(metadata, "metadata");
+  Plan plan;
+  raise_if_error(plan_schedule(p, call.device(), &plan));
+  raise_if_error(schedule(p, plan, call.context(plan)));
+  return metadata;
+}
+
+#define SINKATTN_FORWARD_SCHEMA                                                               \
+  "Tensor? qv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "                  \
+  "Tensor? seqused_q=None, Tensor? seqused_k=None, SymInt? max_seqlen_q=None, "              \
+  "SymInt? max_seqlen_k=None, Tensor? page_table=None, Tensor? cache_batch_idx=None, "       \
+  "Tensor? cache_leftpad=None, Tensor? q_descale=None, Tensor? k_descale=None, "             \
+  "Tensor? v_descale=None, float? softmax_scale=None, bool causal=False, "                   \
+  "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, "      \
+  "Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, "                 \
+  "int sm_margin=0, Tensor? learnable_sink=None"
+#define SINKATTN_BACKWARD_SCHEMA                                                              \
+  "Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "                   \
+  "Tensor softmax_lse, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "               \
+  "Tensor? seqused_q=None, Tensor? seqused_k=None, SymInt? max_seqlen_q=None, "              \
+  "SymInt? max_seqlen_k=None, float? softmax_scale=None, bool causal=False, "                \
+  "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, "      \
+  "bool deterministic=False, int sm_margin=0, bool need_dq=True, bool need_dkv=True, "       \
+  "Tensor? learnable_sink=None"
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("fwd", TORCH_BOX(&fwd));
+  m.impl("fwd_out", TORCH_BOX(&fwd_out));
+  m.impl("fwd_kvcache", TORCH_BOX(&fwd_kvcache));
+  m.impl("explain_fwd", TORCH_BOX(&explain_fwd));
+  m.impl("bwd", TORCH_BOX(&bwd));
+  m.impl("bwd_out", TORCH_BOX(&bwd_out));
+  m.impl("combine", TORCH_BOX(&combine_op));
+  m.impl("combine_out", TORCH_BOX(&combine_out));
+  m.impl("get_scheduler_metadata", TORCH_BOX(&get_scheduler_metadata));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(sinkattn, m) {
+  m.def("fwd(Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
+        ") -> (Tensor out, Tensor softmax_lse)");
+  m.def("fwd_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
+        ") -> Tensor softmax_lse");
+  m.def("fwd_kvcache(Tensor(a!) out, Tensor q, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+        "Tensor k_new, Tensor v_new, Tensor? cu_seqlens_k_new=None, Tensor? rotary_cos=None, "
+        "Tensor? rotary_sin=None, Tensor? rotary_seqlens=None, bool rotary_interleaved=True, "
+        SINKATTN_FORWARD_SCHEMA ") -> Tensor softmax_lse");
+  m.def("explain_fwd(Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA ") -> str");
+  m.def("bwd(" SINKATTN_BACKWARD_SCHEMA
+        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)");
+  m.def("bwd_out(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, " SINKATTN_BACKWARD_SCHEMA
+        ") -> (Tensor softmax_d, Tensor dsink)");
+  m.def("combine(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None, "
+        "Tensor? learnable_sink=None) -> (Tensor out, Tensor softmax_lse)");
+  m.def("combine_out(Tensor(a!) out, Tensor out_partial, Tensor lse_partial, "
+        "Tensor? learnable_sink=None) -> Tensor softmax_lse");
+  m.def("get_scheduler_metadata(SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+        "int num_heads_q, int num_heads_kv, int headdim, int headdim_v, ScalarType qkv_dtype, "
+        "Tensor cache_seqlens, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k_new=None, "
+        "Tensor? cache_leftpad=None, int? page_size=None, int max_seqlen_k_new=0, "
+        "bool causal=False, int window_left=-1, int window_right=-1, int attention_chunk=0, "
+        "bool has_softcap=False, int num_splits=0, bool? pack_gqa=None, int sm_margin=0) -> "
+        "Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) { implement(m); }
+
+}  // namespace sinkattn::torch_binding
+
+/// What the library was built with, for build_info().
+extern "C" __attribute__((visibility("default"))) const char* sinkattn_version() {
+  return sinkattn::version();
+}
+extern "C" __attribute__((visibility("default"))) int sinkattn_built_with_cuda() {
+  return sinkattn::built_with_cuda() ? 1 : 0;
+}
