@@ -165,6 +165,9 @@ def fuzz_smoke() -> str:
 
 
 def wheel_size() -> str:
+    for module in ("pip", "wheel", "scikit_build_core"):
+        if importlib.util.find_spec(module) is None:
+            return f"skipped: {module} is not installed"
     return f"{wheel().stat().st_size} bytes"
 
 
@@ -201,6 +204,8 @@ def test() -> None:
 
 def pytest(stages: Path) -> None:
     """One worker per core; on a machine with a GPU a single one, since its memory is shared."""
+    if importlib.util.find_spec("pytest") is None:
+        sys.exit("test: pytest is not installed and could not be fetched, the suite did NOT run")
     env = environment() | {
         "PYTHONPATH": str(ROOT / "python"),
         "SINKATTN_STAGES": str(stages),
