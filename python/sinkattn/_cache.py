@@ -64,7 +64,7 @@ def flash_attn_with_kvcache(
 
     Forward only. Args beyond flash_attn_func:
         q: (b, sq, h, d), or (total_q, h, d) with cu_seqlens_q.
-        k_cache, v_cache: (b_k, capacity, hk, ..), or with page_table (num_pages, page_size, hk, ..).
+        k_cache, v_cache: (b_k, capacity, hk, ..); with page_table (pages, page_size, hk, ..).
         k, v: new tokens (b, s_new, hk, ..), or (total_new, hk, ..) with cu_seqlens_k_new; written
             in place at slot cache_seqlens + t. Writes past the capacity are dropped.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2) in the dtype of q, with new k: rotate

@@ -123,7 +123,7 @@ def attend(call: Call, q, k, v, sink, *, return_lse):
     q, k, v = ready(tensor(q, "q")), ready(tensor(k, "k")), ready(tensor(v, "v"))
     if call._extras.get("qv") is not None:
         call._extras["qv"] = ready(call._extras["qv"])
-    if _explaining.get():
+    if not torch.compiler.is_compiling() and _explaining.get():
         raise Explained(
             call_operator(ops.explain_fwd, q, k, v, learnable_sink=sink, **call.operator_options())
         )

@@ -309,7 +309,7 @@ def flash_attn_varlen_qkvpacked_func(
     sinks=None,
     learnable_sink=None,
 ):
-    """flash_attn_varlen_func on one tensor qkv (total, 3, h, d) or (total, num_heads_q + 2 hk, d)."""
+    """flash_attn_varlen_func on one qkv: (total, 3, h, d) or (total, num_heads_q + 2 hk, d)."""
     length = integer(max_seqlen, "max_seqlen")
     return _packed(
         None,
