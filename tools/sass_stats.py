@@ -98,12 +98,14 @@ def kernel_statistics(library: Path) -> dict[str, dict[str, int]]:
         for name, line in _RESOURCES.findall(_dump(library, "-res-usage"))
     }
     readable = _demangled(sorted(counts))
-    return {
-        readable[name]: resources.get(name, {})
-        | {"instructions": counted["instructions"]}
-        | {family: counted[family] for family in FAMILIES if counted[family]}
-        for name, counted in sorted(counts.items(), key=lambda item: readable[item[0]])
-    }
+    rows: dict[str, dict[str, int]] = {}
+    for name, counted in sorted(counts.items(), key=lambda item: (readable[item[0]], item[0])):
+        label = readable[name]
+        if label in rows:  # the same name in the unnamed namespace of another file
+            label = f"{label} {name}"
+        rows[label] = resources.get(name, {}) | {"instructions": counted["instructions"]}
+        rows[label] |= {family: counted[family] for family in FAMILIES if counted[family]}
+    return rows
 
 
 def compiler_version(library: Path) -> str:
