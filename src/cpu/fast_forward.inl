@@ -86,8 +86,9 @@ inline Finalized finalize(float maximum, float sum, float sink) {
   }
   // A row without a key (or with scores of -inf alone): the sink decides.
   if (maximum == minus_infinity || sum == 0.0f) return {0.0f, sink, true};
-  if (std::isinf(sink) && sink > 0.0f) return {0.0f, sink, false};
   const float sink2 = sink * log2e;
+  // +inf, or finite and beyond fp32 in log2 units: no key has any weight beside it.
+  if (std::isinf(sink2) && sink2 > 0.0f) return {0.0f, sink, false};
   const float top = sink2 > maximum ? sink2 : maximum;
   const float own = std::exp2(maximum - top);
   const float total = sum * own + (sink2 == minus_infinity ? 0.0f : std::exp2(sink2 - top));

@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(block_threads) prepare_kernel(const PreparePar
       }
       lse2 = lse == -INFINITY ? 0.0f : lse * log2e;
       if (has_gradient && lane == 0 && lse != -INFINITY) {
-        partial -= exp2f(fmaf(sink, log2e, -lse2)) * d;
+        // Subtracted in natural units: a sink near the end of fp32 overflows in log2 units.
+        partial -= exp2f((sink - lse) * log2e) * d;
       }
     }
     if (lane != 0) continue;
