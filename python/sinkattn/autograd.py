@@ -41,6 +41,8 @@ def ready(x: torch.Tensor) -> torch.Tensor:
 
     They need stride 1 in the last dimension, no repeated rows and, on CUDA, 16-byte alignment.
     """
+    if x.dim() == 0:
+        return x
     if x.stride(-1) == 1 or x.shape[-1] <= 1:
         if x.is_cpu or torch.compiler.is_compiling():
             return x

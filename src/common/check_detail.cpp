@@ -276,6 +276,21 @@ Status bound(std::int64_t value, const char* name, bool required) {
   return {};
 }
 
+/// Packed keys are one thing, a cache with rows or pages another.
+Status contradictions(const SharedArguments& a) {
+  const bool packed = a.cu_seqlens_k.defined();
+  if (packed && a.page_table.defined()) {
+    return value_error("cu_seqlens_k", "none together with page_table", "both");
+  }
+  if (packed && a.cache_batch_idx.defined()) {
+    return value_error("cu_seqlens_k", "none together with cache_batch_idx", "both");
+  }
+  if (packed && a.cache_leftpad.defined()) {
+    return value_error("cu_seqlens_k", "none together with cache_leftpad", "both");
+  }
+  return {};
+}
+
 /// Batch size, lengths and index vectors.
 Status lengths(const SharedArguments& a, AttentionShape* shape) {
   const Device device = a.query.device;
@@ -297,15 +312,6 @@ Status lengths(const SharedArguments& a, AttentionShape* shape) {
   SINKATTN_RETURN_IF_ERROR(index_vector(a.cache_leftpad, "cache_leftpad", batch, device));
   SINKATTN_RETURN_IF_ERROR(bound(a.max_seqlen_q, "max_seqlen_q", shape->packed_q));
   SINKATTN_RETURN_IF_ERROR(bound(a.max_seqlen_k, "max_seqlen_k", shape->packed_k));
-  if (shape->packed_k && a.page_table.defined()) {
-    return value_error("cu_seqlens_k", "none together with page_table", "both");
-  }
-  if (shape->packed_k && a.cache_batch_idx.defined()) {
-    return value_error("cu_seqlens_k", "none together with cache_batch_idx", "both");
-  }
-  if (shape->packed_k && a.cache_leftpad.defined()) {
-    return value_error("cu_seqlens_k", "none together with cache_leftpad", "both");
-  }
   shape->rows_q = a.query.shape[shape->packed_q ? 0 : 1];
   shape->longest_q =
       shape->packed_q && a.max_seqlen_q < shape->rows_q ? a.max_seqlen_q : shape->rows_q;
@@ -332,6 +338,7 @@ Status lengths(const SharedArguments& a, AttentionShape* shape) {
 
 Status shared(const SharedArguments& a, AttentionShape* shape) {
   SINKATTN_RETURN_IF_ERROR(defined(a.query, "q"));
+  SINKATTN_RETURN_IF_ERROR(contradictions(a));
   SINKATTN_RETURN_IF_ERROR(tensors(a, shape));
   SINKATTN_RETURN_IF_ERROR(lengths(a, shape));
   SINKATTN_RETURN_IF_ERROR(sink(a.learnable_sink, shape->heads_q, a.query.dtype, a.query.device));

@@ -176,8 +176,9 @@ void sink_gradient(const BackwardProblem& p, const float* d_rows, std::int64_t h
     const float* lse = static_cast<const float*>(p.lse.data);
     for (std::int64_t i = 0; i < queries.length; ++i) {
       const std::int64_t row = queries.first_row + i;
-      const double weight =
-          std::exp(sink - static_cast<double>(lse[p.lse.offset(batch, head, row)]));
+      const double row_lse = static_cast<double>(lse[p.lse.offset(batch, head, row)]);
+      if (row_lse == -std::numeric_limits<double>::infinity()) continue;  // the row saw nothing
+      const double weight = std::exp(sink - row_lse);
       sum -= weight * static_cast<double>(d_rows[(batch * p.heads_q + head) * p.rows_q + row]);
     }
   }

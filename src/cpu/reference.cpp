@@ -216,7 +216,9 @@ void sink_gradients(const BackwardProblem& p, const RowsTensor& d_rows) {
       const std::int64_t qb = p.packed_q ? 0 : b;
       for (std::int64_t i = 0; i < queries.length; ++i) {
         const std::int64_t row = queries.first_row + i;
-        sum -= std::exp(sink - statistic(p.lse, qb, head, row)) * statistic(d_rows, qb, head, row);
+        const double lse = statistic(p.lse, qb, head, row);
+        if (lse == -infinity) continue;  // the row saw nothing
+        sum -= std::exp(sink - lse) * statistic(d_rows, qb, head, row);
       }
     }
     store_element(p.dsink.data, p.dsink.dtype, head * p.dsink.stride[0], sum);
