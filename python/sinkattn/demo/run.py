@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare, train, draw, sample."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .._info import unavailable_reason
+from ..integrations import transformers as integration
+from ..interface import flash_attn_func
+from .model import batches, corpus, make_model, sinks_of
+from .picture import draw
+
+# Both runs compute in fp32. A relative L2 error of 1e-4 in a gradient is some hundred times the
+# rounding of one fp32 operation, after four layers, and far below any real mistake.
+GRADIENT_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-5
+RECORD_EVERY = 5
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sinkattn demo", description=__doc__)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=Path("demo-output"))
+    return parser.parse_args(arguments)
+
+
+def choose_device() -> torch.device:
+    """The Hopper GPU if it can train already, else the CPU; says which and why."""
+    reason = unavailable_reason()
+    if reason is None:
+        try:
+            x = torch.randn(1, 8, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            flash_attn_func(x, x, x, causal=True).sum().backward()
+            return torch.device("cuda")
+        except NotImplementedError as error:
+            reason = str(error)
+    print(f"Running on the CPU: {reason}.")
+    return torch.device("cpu")
+
+
+def step(model, batch) -> torch.Tensor:
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def compare(device: torch.device, batch: torch.Tensor) -> bool:
+    """Loss and every gradient of one step, sinkattn against eager, from the same weights."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    results = {}
+    for name in ("eager", integration.KEY):
+        model = make_model(name).to(device, dtype)
+        loss = step(model, batch.to(device))
+        loss.backward()
+        results[name] = (loss.item(), {n: p.grad for n, p in model.named_parameters()})
+    (loss_a, eager), (loss_b, ours) = results["eager"], results[integration.KEY]
+    factor = 1.0 if dtype == torch.float32 else 2.0**16  # ratio of the two roundings
+    worst, worst_name, worst_sink = 0.0, "", 0.0
+    for name, expected in eager.items():
+        gradient = ours[name]
+        if gradient is None or not gradient.abs().max() > 0:
+            print(f"  {name}: no gradient")
+            return False
+        error = float((gradient - expected).norm() / expected.norm().clamp_min(1e-12))
+        if error > worst:
+            worst, worst_name = error, name
+        if name.endswith("sinks"):
+            worst_sink = max(worst_sink, error)
+    loss_error = abs(loss_a - loss_b) / loss_a
+    print(
+        f"Compared with eager attention, one step from the same weights:\n"
+        f"  loss {loss_b:.6f} against {loss_a:.6f}\n"
+        f"  {len(eager)} gradients, largest relative error {worst:.1e} ({worst_name})\n"
+        f"  the {sum(n.endswith('sinks') for n in eager)} sink gradients among them: "
+        f"{worst_sink:.1e}"
+    )
+    return loss_error < LOSS_TOLERANCE * factor and worst < GRADIENT_TOLERANCE * factor
+
+
+class SinkMass:
+    """Mean over rows of exp(sink - LSE): the share of attention that goes to the sink."""
+
+    def __init__(self, model, batch):
+        self.model = model
+        self.batch = batch
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        masses = []
+        handles = [
+            layer.self_attn.register_forward_pre_hook(self._hook(masses), with_kwargs=True)
+            for layer in self.model.model.layers
+        ]
+        self.model(input_ids=self.batch, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return torch.stack(masses).cpu()
+
+    @staticmethod
+    def _hook(masses):
+        def record(module, args, kwargs):
+            from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
+
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
+            shape = (*hidden.shape[:2], -1, module.head_dim)
+            q = module.q_proj(hidden).view(shape).transpose(1, 2)
+            k = module.k_proj(hidden).view(shape).transpose(1, 2)
+            q, k = apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
+            window = module.sliding_window
+            _, lse = flash_attn_func(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                k.transpose(1, 2),
+                softmax_scale=module.scaling,
+                causal=True,
+                window_size=(-1, -1) if window is None else (window - 1, 0),
+                return_attn_probs=True,
+                learnable_sink=module.sinks,
+            )
+            masses.append(torch.exp(module.sinks.float()[None, :, None] - lse).mean((0, 2)))
+
+        return record
+
+
+def progress(iterable, total: int, text: str):
+    """A progress bar: tqdm, which every installation of Transformers has."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, total=total, desc=text, file=sys.stdout, ncols=88, leave=True)
+
+
+def train(name: str, device, data, options, masses=None):
+    """Losses of one run; `masses` collects the sink mass along the way."""
+    model = make_model(name).to(device)
+    if device.type == "cuda":
+        model = model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=3e-3, total_steps=options.steps + 1, pct_start=0.2
+    )
+    probe = next(batches(data, 1, 2, seed=99)).to(device)
+    mass = SinkMass(model, probe)
+    losses = []
+    bar = progress(batches(data, options.steps, options.batch), options.steps, f"{name:>8}")
+    for index, batch in enumerate(bar):
+        if masses is not None and index % RECORD_EVERY == 0:
+            masses.append(mass())
+        loss = step(model, batch.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    return model, losses
+
+
+def sample(model, device) -> str:
+    prompt = "def "
+    tokens = torch.tensor([list(prompt.encode())], device=device)
+    torch.manual_seed(0)
+    model.eval()
+    generated = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=160,
+        do_sample=True,
+        temperature=0.7,
+        top_k=20,
+        pad_token_id=0,
+    )
+    return bytes(generated[0].tolist()).decode(errors="replace")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if every comparison held."""
+    options = parse(arguments or [])
+    started = time.monotonic()
+    integration.register()
+    device = choose_device()
+    data = corpus()
+    print(f"Text: {data.numel() / 1e6:.1f} MB of Python's standard library, as bytes.")
+    same = compare(device, next(batches(data, 1, 2, seed=7)))
+    print("  within the tolerance" if same else "  OUTSIDE the tolerance")
+    masses: list[torch.Tensor] = []
+    model, ours = train(integration.KEY, device, data, options, masses)
+    initial = sinks_of(make_model("eager"))
+    moved = [float((a.detach().cpu().float() - b.detach()).abs().max())
+             for a, b in zip(sinks_of(model), initial, strict=True)]  # fmt: skip
+    _, eager = train("eager", device, data, options)
+    path = (options.output / "training.png").resolve()
+    title = f"GPT-OSS architecture, {sum(p.numel() for p in model.parameters()):,} parameters"
+    history = {"eager attention": eager, "sinkattn": ours}
+    draw(history, masses, RECORD_EVERY, path, f"{title}, {device.type}")
+    gap = max(abs(a - b) for a, b in zip(ours, eager, strict=True))
+    print(
+        f"Loss {ours[0]:.3f} -> {ours[-1]:.3f}; largest distance to the eager run over "
+        f"{options.steps} steps {gap:.1e}.\n"
+        f"Sinks moved by up to {', '.join(f'{m:.3f}' for m in moved)} (per layer).\n"
+        "A sample from the model, decoded with its KV cache:\n"
+    )
+    print("\n".join("    " + line for line in sample(model, device).splitlines()))
+    learned = ours[-1] < ours[0] and all(m > 0 for m in moved)
+    print(f"\nPicture: {path}\nDone in {time.monotonic() - started:.0f} s.")
+    return 0 if same and learned else 1
