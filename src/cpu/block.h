@@ -30,6 +30,7 @@ constexpr int lanes = vector_bytes / 4;
 
 using Vector = float __attribute__((vector_size(vector_bytes), may_alias));
 using IntVector = std::int32_t __attribute__((vector_size(vector_bytes), may_alias));
+using BitVector = std::uint32_t __attribute__((vector_size(vector_bytes), may_alias));
 
 inline Vector load(const float* from) {
   Vector v;
@@ -65,7 +66,8 @@ inline Vector exp2_vector(Vector x) {
   p = p * f + c2;
   p = p * f + ln2;
   p = p * f + 1.0f;
-  const IntVector exponent = (std::bit_cast<IntVector>(shifted) << 23) + 0x3f800000;
+  // Unsigned: huge lanes wrap around here and are replaced below; NaN lanes stay NaN through p.
+  const BitVector exponent = (std::bit_cast<BitVector>(shifted) << 23) + 0x3f800000;
   const Vector result = p * std::bit_cast<Vector>(exponent);
   return tiny ? Vector{} : (huge ? broadcast(std::numeric_limits<float>::infinity()) : result);
 }
