@@ -24,17 +24,39 @@ _REFUSED = ("head_mask", "attention_bias", "position_bias", "alibi", "alibi_slop
 
 
 def register() -> str:
-    """Registers the attention and mask functions; returns the key for `attn_implementation`.
-
-    The mask function is Transformers' own for unpadded attention. Without it padding would be
-    attended silently.
-    """
+    """Registers the attention and mask functions; returns the key for `attn_implementation`."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(KEY, attention)
-    AttentionMaskInterface.register(KEY, flash_attention_mask)
+    AttentionMaskInterface.register(KEY, attention_mask_2d)
     return KEY
+
+
+def attention_mask_2d(
+    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_mask=None, **kwargs
+):
+    """The mask function of the registry: (batch, keys) bool, or None where nothing is padding.
+
+    Transformers' own function for unpadded attention, but for one case: a static cache that is not
+    full needs a mask even where nothing is padding, because only the mask says how much it holds.
+    """
+    from transformers.masking_utils import flash_attention_mask
+
+    mask = flash_attention_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+    held = int(q_offset) + q_length - int(kv_offset)
+    if mask is None and held < kv_length:
+        device = kwargs.get("device")
+        mask = torch.ones((batch_size, held), dtype=torch.bool, device=device)
+    return mask
 
 
 class Packing(NamedTuple):
