@@ -4,16 +4,19 @@
 
 #include "common/backend.h"
 #include "hopper/device.h"
+#include "hopper/kernels/combine.h"
 #include "hopper/kernels/prepare.h"
 
 namespace sinkattn::hopper {
 namespace {
 
 Status not_built(const char* argument, const char* what) {
-  return Status::error(StatusCode::not_implemented,
-                       "%s: expected a CPU tensor (%s has no CUDA kernel yet; on CUDA only the "
-                       "backward's prepare pass, dsink and softmax_d, is built), got a CUDA tensor",
-                       argument, what);
+  return Status::error(
+      StatusCode::not_implemented,
+      "%s: expected a CPU tensor (%s has no CUDA kernel yet; on CUDA only the "
+      "backward's prepare pass, dsink and softmax_d, and combine are built), got a CUDA "
+      "tensor",
+      argument, what);
 }
 
 cudaStream_t stream_of(const ExecutionContext& context) {
@@ -55,12 +58,15 @@ Status append_kv(const AppendProblem&, const Plan&, const ExecutionContext&) {
   return not_built("k_cache", "appending to a cache");
 }
 
-Status plan_combine(const CombineProblem&, const DeviceProperties&, Plan*) {
-  return not_built("out_partial", "combining");
+Status plan_combine(const CombineProblem&, const DeviceProperties&, Plan* plan) {
+  plan->backend = Backend::hopper;
+  std::snprintf(plan->kernel, sizeof(plan->kernel), "combine");
+  std::snprintf(plan->reason, sizeof(plan->reason), "one warp per row and head, fp32");
+  return {};
 }
 
-Status combine(const CombineProblem&, const Plan&, const ExecutionContext&) {
-  return not_built("out_partial", "combining");
+Status combine(const CombineProblem& problem, const Plan&, const ExecutionContext& context) {
+  return launch_combine(problem, stream_of(context));
 }
 
 }  // namespace sinkattn::hopper

@@ -14,7 +14,6 @@ NOT_YET_ON_CUDA = {
     "forward": "the forward has no CUDA kernel yet",
     "backward": "the backward's main pass has no CUDA kernel yet",
     "kvcache": "the KV cache has no CUDA kernel yet",
-    "combine": "combining has no CUDA kernel yet",
 }
 
 

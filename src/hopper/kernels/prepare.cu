@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper/kernels/prepare.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <limits>
 
 #include "hopper/device.h"
+#include "hopper/kernels/element.cuh"
 
 namespace sinkattn::hopper {
 namespace {
@@ -55,19 +53,6 @@ __device__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-__device__ float sink_of(const VectorView& sink, int head) {
-  if (sink.data == nullptr) return -INFINITY;
-  const std::int64_t index = head * sink.stride[0];
-  switch (sink.dtype) {
-    case DType::bfloat16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(sink.data)[index]);
-    case DType::float16:
-      return __half2float(static_cast<const __half*>(sink.data)[index]);
-    default:
-      return static_cast<const float*>(sink.data)[index];
-  }
-}
-
 /// rowsum(dout * out) of one row by a group of Threads lanes; the sum is in every lane.
 template <class Pair, int Threads>
 __device__ float row_dot(const PrepareParams& p, std::int64_t batch, std::int64_t row, int head,
@@ -113,7 +98,7 @@ __global__ void __launch_bounds__(block_threads) prepare_kernel(const PreparePar
   const std::int64_t padded = p.packed ? PrepareLayout::padded_row(sequence.first_row, b) : 0;
   const std::int64_t statistics = (batch * p.heads + head) * p.rows + padded;
   const int lane = threadIdx.x % Threads;
-  const float sink = sink_of(p.sink, head);
+  const float sink = load_sink(p.sink, head);
   // A sink of -inf has no weight in any row; one of +inf makes every row constant.
   const bool has_gradient = !isinf(sink);
   const std::int64_t first = tile * prepare_tile_rows;
@@ -169,19 +154,7 @@ __global__ void __launch_bounds__(block_threads)
   if (threadIdx.x != 0) return;
   double total = 0.0;
   for (int t = 0; t < block_threads; ++t) total += sums[t];
-  const std::int64_t index = blockIdx.x * dsink.stride[0];
-  const float value = static_cast<float>(total);
-  switch (dsink.dtype) {
-    case DType::bfloat16:
-      static_cast<__nv_bfloat16*>(dsink.data)[index] = __float2bfloat16_rn(value);
-      break;
-    case DType::float16:
-      static_cast<__half*>(dsink.data)[index] = __float2half_rn(value);
-      break;
-    default:
-      static_cast<float*>(dsink.data)[index] = value;
-      break;
-  }
+  store_element(dsink.data, dsink.dtype, blockIdx.x * dsink.stride[0], static_cast<float>(total));
 }
 
 /// Zeros D' rows that belong to no packed sequence (all of them: the used ones follow).
