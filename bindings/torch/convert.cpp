@@ -18,22 +18,33 @@ constexpr std::int64_t workspace_alignment = 256;
 
 const char* code_name(StatusCode code) {
   switch (code) {
-    case StatusCode::type_error: return "TypeError";
-    case StatusCode::value_error: return "ValueError";
-    case StatusCode::not_implemented: return "NotImplementedError";
-    default: return "RuntimeError";
+    case StatusCode::type_error:
+      return "TypeError";
+    case StatusCode::value_error:
+      return "ValueError";
+    case StatusCode::not_implemented:
+      return "NotImplementedError";
+    default:
+      return "RuntimeError";
   }
 }
 
 DType core_dtype(ScalarType type) {
   switch (type) {
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::Float8_e4m3fn: return DType::float8_e4m3;
-    case ScalarType::Int: return DType::int32;
-    default: return DType::undefined;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::float8_e4m3;
+    case ScalarType::Int:
+      return DType::int32;
+    default:
+      return DType::undefined;
   }
 }
 
@@ -58,9 +69,8 @@ void* current_stream(int device_index) {
 /// torch's thread pool as the core's ParallelFor.
 void torch_parallel(void*, std::int64_t n, void (*body)(void*, std::int64_t, std::int64_t),
                     void* body_context) {
-  torch::stable::parallel_for(0, n, 1, [=](std::int64_t begin, std::int64_t end) {
-    body(body_context, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, n, 1, [=](std::int64_t begin, std::int64_t end) { body(body_context, begin, end); });
 }
 
 }  // namespace
@@ -73,12 +83,18 @@ void raise_if_error(const Status& status) {
 
 ScalarType scalar_type(DType dtype) {
   switch (dtype) {
-    case DType::float64: return ScalarType::Double;
-    case DType::bfloat16: return ScalarType::BFloat16;
-    case DType::float16: return ScalarType::Half;
-    case DType::float8_e4m3: return ScalarType::Float8_e4m3fn;
-    case DType::int32: return ScalarType::Int;
-    default: return ScalarType::Float;
+    case DType::float64:
+      return ScalarType::Double;
+    case DType::bfloat16:
+      return ScalarType::BFloat16;
+    case DType::float16:
+      return ScalarType::Half;
+    case DType::float8_e4m3:
+      return ScalarType::Float8_e4m3fn;
+    case DType::int32:
+      return ScalarType::Int;
+    default:
+      return ScalarType::Float;
   }
 }
 

@@ -26,9 +26,8 @@ MaskParams mask_of(bool causal, Int window_left, Int window_right, Int attention
 
 int narrow_int(Int value, const char* name) {
   if (value < -(Int{1} << 30) || value > (Int{1} << 30)) {
-    raise_if_error(Status::error(StatusCode::value_error,
-                                 "%s: expected a small integer, got %lld", name,
-                                 static_cast<long long>(value)));
+    raise_if_error(Status::error(StatusCode::value_error, "%s: expected a small integer, got %lld",
+                                 name, static_cast<long long>(value)));
   }
   return static_cast<int>(value);
 }
@@ -61,10 +60,10 @@ void check_query_rank(const TensorView& query, bool packed) {
       OptionalTensor v_descale, OptionalDouble softmax_scale, bool causal, Int window_left,     \
       Int window_right, Int attention_chunk, double softcap, OptionalTensor scheduler_metadata, \
       Int num_splits, OptionalBool pack_gqa, Int sm_margin, OptionalTensor learnable_sink
-#define SINKATTN_FORWARD_ARGUMENTS                                                               \
-  qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,  \
-      cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,    \
-      window_left, window_right, attention_chunk, softcap, scheduler_metadata, num_splits,       \
+#define SINKATTN_FORWARD_ARGUMENTS                                                              \
+  qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table, \
+      cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,   \
+      window_left, window_right, attention_chunk, softcap, scheduler_metadata, num_splits,      \
       pack_gqa, sm_margin, learnable_sink
 
 ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -108,8 +107,8 @@ void run_forward(Call& call, const ForwardParams& params) {
 Tensor new_out(const Tensor& q, const ForwardParams& params) {
   const TensorView& query = params.query;
   if (params.value.rank < 1) {
-    raise_if_error(Status::error(StatusCode::value_error,
-                                 "v: expected 3 or 4 dimensions, got %d", params.value.rank));
+    raise_if_error(Status::error(StatusCode::value_error, "v: expected 3 or 4 dimensions, got %d",
+                                 params.value.rank));
   }
   const DType type = query.dtype == DType::float8_e4m3 ? DType::bfloat16 : query.dtype;
   const Int dv = params.value.size_back(0);
@@ -138,6 +137,14 @@ std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PA
   return {out, lse};
 }
 
+/// fwd for exported training graphs: the operator to which Python attaches a gradient, with the
+/// option that only the gradient reads.
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS,
+                                     bool deterministic) {
+  (void)deterministic;
+  return fwd(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
+}
+
 std::string explain_fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS) {
   Call call(q);
   ForwardParams params = forward_params(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
@@ -151,8 +158,8 @@ std::string explain_fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETER
          std::to_string(plan.workspace_bytes) + " bytes: " + plan.reason;
 }
 
-Tensor fwd_kvcache(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_new,
-                   Tensor v_new, OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos,
+Tensor fwd_kvcache(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_new, Tensor v_new,
+                   OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos,
                    OptionalTensor rotary_sin, OptionalTensor rotary_seqlens,
                    bool rotary_interleaved, SINKATTN_FORWARD_PARAMETERS) {
   Call call(q);
@@ -202,16 +209,16 @@ Tensor fwd_kvcache(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor 
 }
 
 /// Arguments of bwd after dout and dlse.
-#define SINKATTN_BACKWARD_PARAMETERS                                                              \
-  OptionalTensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,             \
-      Tensor softmax_lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,               \
-      OptionalTensor seqused_q, OptionalTensor seqused_k, OptionalInt max_seqlen_q,               \
-      OptionalInt max_seqlen_k, OptionalDouble softmax_scale, bool causal, Int window_left,       \
-      Int window_right, Int attention_chunk, double softcap, bool deterministic, Int sm_margin,   \
+#define SINKATTN_BACKWARD_PARAMETERS                                                            \
+  OptionalTensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,           \
+      Tensor softmax_lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,             \
+      OptionalTensor seqused_q, OptionalTensor seqused_k, OptionalInt max_seqlen_q,             \
+      OptionalInt max_seqlen_k, OptionalDouble softmax_scale, bool causal, Int window_left,     \
+      Int window_right, Int attention_chunk, double softcap, bool deterministic, Int sm_margin, \
       bool need_dq, bool need_dkv, OptionalTensor learnable_sink
-#define SINKATTN_BACKWARD_ARGUMENTS                                                              \
-  dout, dlse, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,       \
-      max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right,              \
+#define SINKATTN_BACKWARD_ARGUMENTS                                                        \
+  dout, dlse, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, \
+      max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right,        \
       attention_chunk, softcap, deterministic, sm_margin, need_dq, need_dkv, learnable_sink
 
 BackwardParams backward_params(SINKATTN_BACKWARD_PARAMETERS) {
@@ -247,9 +254,8 @@ Tensor new_dsink(const Tensor& q, const OptionalTensor& sink) {
 }
 
 void run_backward(Call& call, const BackwardParams& params) {
-  const bool nothing =
-      !params.dq.defined() && !params.dk.defined() && !params.dsink.defined() &&
-      !params.softmax_d.defined();
+  const bool nothing = !params.dq.defined() && !params.dk.defined() && !params.dsink.defined() &&
+                       !params.softmax_d.defined();
   if (nothing) return;
   Plan plan;
   raise_if_error(plan_backward(params, call.device(), &plan));
@@ -397,22 +403,22 @@ Tensor get_scheduler_metadata(Int batch_size, Int max_seqlen_q, Int max_seqlen_k
   return metadata;
 }
 
-#define SINKATTN_FORWARD_SCHEMA                                                               \
-  "Tensor? qv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "                  \
-  "Tensor? seqused_q=None, Tensor? seqused_k=None, SymInt? max_seqlen_q=None, "              \
-  "SymInt? max_seqlen_k=None, Tensor? page_table=None, Tensor? cache_batch_idx=None, "       \
-  "Tensor? cache_leftpad=None, Tensor? q_descale=None, Tensor? k_descale=None, "             \
-  "Tensor? v_descale=None, float? softmax_scale=None, bool causal=False, "                   \
-  "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, "      \
-  "Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, "                 \
+#define SINKATTN_FORWARD_SCHEMA                                                         \
+  "Tensor? qv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "             \
+  "Tensor? seqused_q=None, Tensor? seqused_k=None, SymInt? max_seqlen_q=None, "         \
+  "SymInt? max_seqlen_k=None, Tensor? page_table=None, Tensor? cache_batch_idx=None, "  \
+  "Tensor? cache_leftpad=None, Tensor? q_descale=None, Tensor? k_descale=None, "        \
+  "Tensor? v_descale=None, float? softmax_scale=None, bool causal=False, "              \
+  "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, " \
+  "Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, "            \
   "int sm_margin=0, Tensor? learnable_sink=None"
-#define SINKATTN_BACKWARD_SCHEMA                                                              \
-  "Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "                   \
-  "Tensor softmax_lse, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "               \
-  "Tensor? seqused_q=None, Tensor? seqused_k=None, SymInt? max_seqlen_q=None, "              \
-  "SymInt? max_seqlen_k=None, float? softmax_scale=None, bool causal=False, "                \
-  "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, "      \
-  "bool deterministic=False, int sm_margin=0, bool need_dq=True, bool need_dkv=True, "       \
+#define SINKATTN_BACKWARD_SCHEMA                                                        \
+  "Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "              \
+  "Tensor softmax_lse, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "          \
+  "Tensor? seqused_q=None, Tensor? seqused_k=None, SymInt? max_seqlen_q=None, "         \
+  "SymInt? max_seqlen_k=None, float? softmax_scale=None, bool causal=False, "           \
+  "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, " \
+  "bool deterministic=False, int sm_margin=0, bool need_dq=True, bool need_dkv=True, "  \
   "Tensor? learnable_sink=None"
 
 template <class Library>
@@ -420,6 +426,7 @@ void implement(Library& m) {
   m.impl("fwd", TORCH_BOX(&fwd));
   m.impl("fwd_out", TORCH_BOX(&fwd_out));
   m.impl("fwd_kvcache", TORCH_BOX(&fwd_kvcache));
+  m.impl("attention", TORCH_BOX(&attention));
   m.impl("explain_fwd", TORCH_BOX(&explain_fwd));
   m.impl("bwd", TORCH_BOX(&bwd));
   m.impl("bwd_out", TORCH_BOX(&bwd_out));
@@ -435,26 +442,31 @@ STABLE_TORCH_LIBRARY(sinkattn, m) {
         ") -> (Tensor out, Tensor softmax_lse)");
   m.def("fwd_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
         ") -> Tensor softmax_lse");
-  m.def("fwd_kvcache(Tensor(a!) out, Tensor q, Tensor(b!) k_cache, Tensor(c!) v_cache, "
-        "Tensor k_new, Tensor v_new, Tensor? cu_seqlens_k_new=None, Tensor? rotary_cos=None, "
-        "Tensor? rotary_sin=None, Tensor? rotary_seqlens=None, bool rotary_interleaved=True, "
-        SINKATTN_FORWARD_SCHEMA ") -> Tensor softmax_lse");
+  m.def(
+      "fwd_kvcache(Tensor(a!) out, Tensor q, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+      "Tensor k_new, Tensor v_new, Tensor? cu_seqlens_k_new=None, Tensor? rotary_cos=None, "
+      "Tensor? rotary_sin=None, Tensor? rotary_seqlens=None, bool "
+      "rotary_interleaved=True, " SINKATTN_FORWARD_SCHEMA ") -> Tensor softmax_lse");
+  m.def("attention(Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
+        ", bool deterministic=False) -> (Tensor out, Tensor softmax_lse)");
   m.def("explain_fwd(Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA ") -> str");
-  m.def("bwd(" SINKATTN_BACKWARD_SCHEMA
-        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)");
+  m.def("bwd(" SINKATTN_BACKWARD_SCHEMA ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)");
   m.def("bwd_out(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, " SINKATTN_BACKWARD_SCHEMA
         ") -> (Tensor softmax_d, Tensor dsink)");
-  m.def("combine(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None, "
-        "Tensor? learnable_sink=None) -> (Tensor out, Tensor softmax_lse)");
-  m.def("combine_out(Tensor(a!) out, Tensor out_partial, Tensor lse_partial, "
-        "Tensor? learnable_sink=None) -> Tensor softmax_lse");
-  m.def("get_scheduler_metadata(SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-        "int num_heads_q, int num_heads_kv, int headdim, int headdim_v, ScalarType qkv_dtype, "
-        "Tensor cache_seqlens, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k_new=None, "
-        "Tensor? cache_leftpad=None, int? page_size=None, int max_seqlen_k_new=0, "
-        "bool causal=False, int window_left=-1, int window_right=-1, int attention_chunk=0, "
-        "bool has_softcap=False, int num_splits=0, bool? pack_gqa=None, int sm_margin=0) -> "
-        "Tensor");
+  m.def(
+      "combine(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None, "
+      "Tensor? learnable_sink=None) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "combine_out(Tensor(a!) out, Tensor out_partial, Tensor lse_partial, "
+      "Tensor? learnable_sink=None) -> Tensor softmax_lse");
+  m.def(
+      "get_scheduler_metadata(SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+      "int num_heads_q, int num_heads_kv, int headdim, int headdim_v, ScalarType qkv_dtype, "
+      "Tensor cache_seqlens, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k_new=None, "
+      "Tensor? cache_leftpad=None, int? page_size=None, int max_seqlen_k_new=0, "
+      "bool causal=False, int window_left=-1, int window_right=-1, int attention_chunk=0, "
+      "bool has_softcap=False, int num_splits=0, bool? pack_gqa=None, int sm_margin=0) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) { implement(m); }

@@ -13,8 +13,14 @@ def tensor(value, name: str) -> torch.Tensor:
     return value
 
 
+def optional_tensor(value, name: str) -> torch.Tensor | None:
+    return value if value is None else tensor(value, name)
+
+
 def one_sink(s_aux, sinks, learnable_sink) -> torch.Tensor | None:
     """The sink under whichever of its three names it came; two of them are a TypeError."""
+    if s_aux is None and sinks is None:
+        return None if learnable_sink is None else tensor(learnable_sink, "learnable_sink")
     given = None
     name = ""
     for candidate, value in (
@@ -32,6 +38,8 @@ def one_sink(s_aux, sinks, learnable_sink) -> torch.Tensor | None:
 
 def integer(value, name: str) -> int:
     """An int; 0-d tensors are read (a synchronisation on CUDA). Booleans are not integers here."""
+    if type(value) is int:
+        return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_floating_point():
             raise TypeError(f"{name}: expected an integer, got a tensor of {value.dtype}")
@@ -56,6 +64,8 @@ def window(window_size) -> tuple[int, int]:
 
 
 def number(value, name: str) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(
         value, (int, float, torch.SymInt, torch.SymFloat)
     ):

@@ -10,12 +10,13 @@ from ._arguments import (
     integer,
     one_sink,
     optional_integer,
+    optional_tensor,
     refuse_gradient,
     tensor,
     wants_gradient,
     window,
 )
-from ._execute import Call, attend
+from ._execute import attend, make_options
 from ._ops import call as call_operator
 from ._ops import ops
 from .autograd import ready
@@ -95,9 +96,9 @@ def flash_attn_with_kvcache(
     longest_q = optional_integer(max_seqlen_q, "max_seqlen_q")
     if cu_seqlens_q is not None and longest_q is None:
         longest_q = q.shape[0]
-    call = Call(
-        causal=boolean(causal, "causal"),
-        window=window(window_size),
+    options = make_options(
+        causal=causal,
+        window_size=window_size,
         softmax_scale=softmax_scale,
         attention_chunk=attention_chunk,
         softcap=softcap,
@@ -107,7 +108,6 @@ def flash_attn_with_kvcache(
         cu_seqlens_q=cu_seqlens_q,
         seqused_k=seqlens,
         max_seqlen_q=longest_q,
-    ).extras(
         qv=qv,
         q_descale=q_descale,
         k_descale=k_descale,
@@ -116,7 +116,6 @@ def flash_attn_with_kvcache(
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         scheduler_metadata=scheduler_metadata,
-        out=out,
     )
     if (k is None) != (v is None):
         raise ValueError("k: expected new k and v together, got one of them")
@@ -131,26 +130,30 @@ def flash_attn_with_kvcache(
                 raise ValueError(f"{name}: expected new k and v with it, got neither")
         if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
             raise ValueError("k_cache: expected stride 1 in the last dimension, got another")
-        return attend(call, q, k_cache, v_cache, sink, return_lse=return_softmax_lse)
+        return attend(options, q, k_cache, v_cache, sink, return_lse=return_softmax_lse, out=out)
     if seqlens is None:
         raise ValueError("cache_seqlens: expected the used lengths with new k and v, got none")
     q = ready(q)
-    result = q.new_empty(_out_shape(q, v_cache), dtype=_out_dtype(q)) if out is None else out
+    result = (
+        q.new_empty(_out_shape(q, v_cache), dtype=_out_dtype(q))
+        if out is None
+        else tensor(out, "out")
+    )
     lse = call_operator(
-        ops.fwd_kvcache,
+        ops.fwd_kvcache.default,
         result,
         q,
         k_cache,
         v_cache,
         ready(tensor(k, "k")),
         ready(tensor(v, "v")),
-        cu_seqlens_k_new,
-        rotary_cos,
-        rotary_sin,
-        rotary_seqlens,
+        optional_tensor(cu_seqlens_k_new, "cu_seqlens_k_new"),
+        optional_tensor(rotary_cos, "rotary_cos"),
+        optional_tensor(rotary_sin, "rotary_sin"),
+        optional_tensor(rotary_seqlens, "rotary_seqlens"),
         boolean(rotary_interleaved, "rotary_interleaved"),
-        learnable_sink=sink,
-        **call.operator_options(),
+        *options[:-1],
+        sink,
     )
     return (result, lse) if return_softmax_lse else result
 
@@ -212,9 +215,9 @@ def get_scheduler_metadata(
         integer(headdim if headdim_v is None else headdim_v, "headdim_v"),
         qkv_dtype,
         tensor(cache_seqlens, "cache_seqlens"),
-        cu_seqlens_q,
-        cu_seqlens_k_new,
-        cache_leftpad,
+        optional_tensor(cu_seqlens_q, "cu_seqlens_q"),
+        optional_tensor(cu_seqlens_k_new, "cu_seqlens_k_new"),
+        optional_tensor(cache_leftpad, "cache_leftpad"),
         optional_integer(page_size, "page_size"),
         integer(max_seqlen_k_new, "max_seqlen_k_new"),
         boolean(causal, "causal"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from ._arguments import boolean, one_sink, optional_integer, window
+from ._arguments import one_sink, optional_integer, window
 from ._cache import flash_attn_with_kvcache
-from ._execute import Call, attend
+from ._execute import attend, make_options
 from ._ops import call as call_operator
 from ._ops import ops
 from .autograd import ready
@@ -101,9 +101,9 @@ def _flash_attn_forward(
         return result, lse, nothing, nothing
     if rotary_cos is not None or rotary_sin is not None:
         raise ValueError("rotary_cos: expected k_new and v_new with it, got neither")
-    call = Call(
-        causal=boolean(causal, "causal"),
-        window=sides,
+    options = make_options(
+        causal=causal,
+        window_size=sides,
         softmax_scale=softmax_scale,
         attention_chunk=attention_chunk,
         softcap=softcap,
@@ -114,9 +114,8 @@ def _flash_attn_forward(
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
-        max_seqlen_q=optional_integer(max_seqlen_q, "max_seqlen_q"),
-        max_seqlen_k=optional_integer(max_seqlen_k, "max_seqlen_k"),
-    ).extras(
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
         qv=qv,
         page_table=page_table,
         cache_batch_idx=kv_batch_idx,
@@ -125,9 +124,8 @@ def _flash_attn_forward(
         k_descale=k_descale,
         v_descale=v_descale,
         scheduler_metadata=scheduler_metadata,
-        out=target,
     )
-    result, lse = attend(call, q, k, v, sink, return_lse=True)
+    result, lse = attend(options, q, k, v, sink, return_lse=True, out=target)
     return result, lse, nothing, nothing
 
 

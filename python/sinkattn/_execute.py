@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From checked Python arguments to the operator: with or without autograd."""
+"""From Python arguments to the operator: with or without autograd."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from collections.abc import Iterator
 
 import torch
 
-from ._arguments import boolean, integer, number, refuse_gradient, tensor, wants_gradient
-from ._ops import call as call_operator
-from ._ops import ops
-from .autograd import FlashAttnFunc, FlashAttnLseFunc, Options, forward_options, ready
+from ._arguments import boolean, integer, number, optional_tensor, refuse_gradient, tensor, window
+from ._ops import call, ops
+from .autograd import (
+    ATTENTION,
+    FORWARD,
+    FlashAttnFunc,
+    FlashAttnLseFunc,
+    FlashAttnQKVPackedFunc,
+    Options,
+    distinct,
+    ready,
+    split_packed,
+)
 
 # Set while explain() runs a public function: the plan is reported instead of run.
 _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("explaining", default=False)
@@ -31,113 +40,134 @@ def explaining() -> Iterator[None]:
         _explaining.reset(token)
 
 
-# Arguments that exist in the forward alone, with the name a refusal gives them.
-_FORWARD_ONLY = ("qv", "page_table", "cache_batch_idx", "cache_leftpad")
+def make_options(
+    *,
+    causal,
+    window_size,
+    softmax_scale=None,
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    page_table=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    scheduler_metadata=None,
+) -> Options:
+    """The options of one call, with the types that the operator schema wants."""
+    left, right = window(window_size)
+    return Options(
+        optional_tensor(qv, "qv"),
+        optional_tensor(cu_seqlens_q, "cu_seqlens_q"),
+        optional_tensor(cu_seqlens_k, "cu_seqlens_k"),
+        optional_tensor(seqused_q, "seqused_q"),
+        optional_tensor(seqused_k, "seqused_k"),
+        None if max_seqlen_q is None else integer(max_seqlen_q, "max_seqlen_q"),
+        None if max_seqlen_k is None else integer(max_seqlen_k, "max_seqlen_k"),
+        optional_tensor(page_table, "page_table"),
+        optional_tensor(cache_batch_idx, "cache_batch_idx"),
+        optional_tensor(cache_leftpad, "cache_leftpad"),
+        optional_tensor(q_descale, "q_descale"),
+        optional_tensor(k_descale, "k_descale"),
+        optional_tensor(v_descale, "v_descale"),
+        None if softmax_scale is None else number(softmax_scale, "softmax_scale"),
+        boolean(causal, "causal"),
+        left,
+        right,
+        0 if attention_chunk is None else integer(attention_chunk, "attention_chunk"),
+        number(softcap, "softcap"),
+        optional_tensor(scheduler_metadata, "scheduler_metadata"),
+        integer(num_splits, "num_splits"),
+        None if pack_gqa is None else boolean(pack_gqa, "pack_gqa"),
+        integer(sm_margin, "sm_margin"),
+        boolean(deterministic, "deterministic"),
+    )
 
 
-class Call:
-    """The options of one call, validated as far as Python can."""
-
-    __slots__ = ("_extras", "_options", "out")
-
-    def __init__(
-        self,
-        *,
-        causal,
-        window,
-        softmax_scale=None,
-        attention_chunk=0,
-        softcap=0.0,
-        num_splits=1,
-        pack_gqa=None,
-        deterministic=False,
-        sm_margin=0,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        seqused_q=None,
-        seqused_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-    ):
-        for name, value in (
-            ("cu_seqlens_q", cu_seqlens_q),
-            ("cu_seqlens_k", cu_seqlens_k),
-            ("seqused_q", seqused_q),
-            ("seqused_k", seqused_k),
-        ):
-            if value is not None:
-                tensor(value, name)
-        self._options = Options(
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seqused_q,
-            seqused_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            None if softmax_scale is None else number(softmax_scale, "softmax_scale"),
-            causal,
-            window[0],
-            window[1],
-            0 if attention_chunk is None else integer(attention_chunk, "attention_chunk"),
-            number(softcap, "softcap"),
-            integer(num_splits, "num_splits"),
-            None if pack_gqa is None else boolean(pack_gqa, "pack_gqa"),
-            boolean(deterministic, "deterministic"),
-            integer(sm_margin, "sm_margin"),
-        )
-        self._extras: dict[str, torch.Tensor] = {}
-        self.out: torch.Tensor | None = None
-
-    def extras(self, *, out=None, **tensors) -> Call:
-        """Optional tensors that the autograd functions do not carry."""
-        for name, value in tensors.items():
-            if value is not None:
-                self._extras[name] = tensor(value, name)
-        if out is not None:
-            self.out = tensor(out, "out")
-        return self
-
-    def options(self) -> Options:
-        return self._options
-
-    @property
-    def forward_only(self) -> bool:
-        return bool(self._extras) or self.out is not None
-
-    def operator_options(self) -> dict:
-        return forward_options(self._options) | self._extras
-
-    def refuse_gradients(self, q) -> None:
-        """Raises where a gradient is wanted and an option of this call has none."""
-        if self.out is not None:
-            raise ValueError("out: expected None where an input requires grad, got a tensor")
-        for name in _FORWARD_ONLY:
-            if name in self._extras:
-                refuse_gradient(name)
-        if q.dtype == torch.float8_e4m3fn:
-            refuse_gradient("q")
+# Options without a gradient, by position in Options.
+_FORWARD_ONLY = [
+    (Options._fields.index(name), name)
+    for name in ("qv", "page_table", "cache_batch_idx", "cache_leftpad")
+]
 
 
-def attend(call: Call, q, k, v, sink, *, return_lse):
+def _refuse_gradients(q, options: Options, out) -> None:
+    """Raises where a gradient is wanted and an option of this call has none."""
+    if out is not None:
+        raise ValueError("out: expected None where an input requires grad, got a tensor")
+    for position, name in _FORWARD_ONLY:
+        if options[position] is not None:
+            refuse_gradient(name)
+    if q.dtype == torch.float8_e4m3fn:
+        refuse_gradient("q")
+
+
+def _needs_gradient(q, k, v, sink, options: Options) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    if sink is not None and sink.requires_grad:
+        return True
+    return options.qv is not None and options.qv.requires_grad
+
+
+def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
     """out, or (out, softmax_lse)."""
     q, k, v = ready(tensor(q, "q")), ready(tensor(k, "k")), ready(tensor(v, "v"))
-    if call._extras.get("qv") is not None:
-        call._extras["qv"] = ready(call._extras["qv"])
-    if not torch.compiler.is_compiling() and _explaining.get():
-        raise Explained(
-            call_operator(ops.explain_fwd, q, k, v, learnable_sink=sink, **call.operator_options())
-        )
-    if wants_gradient(q, k, v, sink, call._extras.get("qv")):
-        call.refuse_gradients(q)
-        if "scheduler_metadata" in call._extras or any(n.endswith("descale") for n in call._extras):
-            # Checked like any forward; the metadata changes no result, descales need e4m3.
-            call_operator(ops.explain_fwd, q, k, v, learnable_sink=sink, **call.operator_options())
+    if options.qv is not None:
+        options = options._replace(qv=ready(options.qv))
+    tracing = torch.compiler.is_compiling()
+    if not tracing and _explaining.get():
+        raise Explained(call(ops.explain_fwd, q, k, v, *options[:-1], sink))
+    if _needs_gradient(q, k, v, sink, options):
+        _refuse_gradients(q, options, optional_tensor(out, "out"))
+        if tracing:
+            if torch.compiler.is_exporting():
+                out, lse = ATTENTION(q, k, v, *options[:-1], sink, options.deterministic)
+                return (out, lse) if return_lse else out
+            k, v, options = k.view_as(k), v.view_as(v), distinct(options)
         function = FlashAttnLseFunc if return_lse else FlashAttnFunc
-        return function.apply(q, k, v, sink, *call.options())
-    options = call.operator_options()
-    if call.out is None:
-        out, lse = call_operator(ops.fwd, q, k, v, learnable_sink=sink, **options)
+        return function.apply(q, k, v, sink, *options)
+    if out is None:
+        out, lse = call(FORWARD, q, k, v, *options[:-1], sink)
     else:
-        out = call.out
-        lse = call_operator(ops.fwd_out, out, q, k, v, learnable_sink=sink, **options)
+        lse = call(ops.fwd_out.default, tensor(out, "out"), q, k, v, *options[:-1], sink)
+    return (out, lse) if return_lse else out
+
+
+def attend_packed(options: Options, q, packed, heads, sink, *, return_lse):
+    """As attend, with keys and values (and queries where q is None) in one tensor, whose gradient
+    is one tensor too."""
+    tracing = torch.compiler.is_compiling()
+    one_gradient = (
+        _needs_gradient(packed if q is None else q, packed, packed, sink, options)
+        and not (tracing and torch.compiler.is_exporting())
+        and not any(
+            x is not None for x in (options.q_descale, options.k_descale, options.v_descale)
+        )
+    )
+    if not one_gradient:
+        parts = split_packed(packed, heads)
+        query, key, value = parts if q is None else (q, *parts)
+        return attend(options, query, key, value, sink, return_lse=return_lse)
+    query = packed if q is None else q
+    _refuse_gradients(query, options, None)
+    if tracing:
+        options = distinct(options)
+    out, lse = FlashAttnQKVPackedFunc.apply(
+        None if q is None else ready(q), ready(packed), sink, heads, *options
+    )
     return (out, lse) if return_lse else out

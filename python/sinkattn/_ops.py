@@ -78,6 +78,7 @@ def _fake_lse(q):
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_statistics_dtype(q))
 
 
+@torch.library.register_fake("sinkattn::attention")
 @torch.library.register_fake("sinkattn::fwd")
 def _fwd(q, k, v, *arguments, **options):
     dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype

@@ -14,94 +14,106 @@ from torch.autograd.function import once_differentiable
 
 from ._ops import call, ops
 
+FORWARD = ops.fwd.default
+BACKWARD = ops.bwd.default
+BACKWARD_OUT = ops.bwd_out.default
+
 
 class Options(NamedTuple):
-    """Everything about a differentiable call that is not a differentiable tensor."""
+    """Everything about a call but q, k, v and the sink, in the order of sinkattn::fwd."""
 
+    qv: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
     seqused_q: torch.Tensor | None
     seqused_k: torch.Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k: int | None
+    page_table: torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
+    q_descale: torch.Tensor | None
+    k_descale: torch.Tensor | None
+    v_descale: torch.Tensor | None
     softmax_scale: float | None
     causal: bool
     window_left: int
     window_right: int
     attention_chunk: int
     softcap: float
+    scheduler_metadata: torch.Tensor | None
     num_splits: int
     pack_gqa: bool | None
-    deterministic: bool
     sm_margin: int
+    deterministic: bool  # the backward's; last, so that [:-1] are the forward's arguments
+
+    def backward_arguments(self) -> tuple:
+        """Arguments of sinkattn::bwd between softmax_lse and need_dq."""
+        return (
+            *self[1:7],
+            self.softmax_scale,
+            self.causal,
+            self.window_left,
+            self.window_right,
+            self.attention_chunk,
+            self.softcap,
+            self.deterministic,
+            self.sm_margin,
+        )
+
+
+_NO_OPTION_GRADIENTS = (None,) * len(Options._fields)
 
 
 def ready(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself if the kernels can read it where it lies, else a contiguous copy.
 
-    They need stride 1 in the last dimension, no repeated rows and, on CUDA, 16-byte alignment.
+    They need stride 1 in the last dimension and, on CUDA, no repeated rows and 16-byte alignment.
     """
     if x.dim() == 0:
         return x
     if x.stride(-1) == 1 or x.shape[-1] <= 1:
-        if x.is_cpu or torch.compiler.is_compiling():
+        if x.is_cpu:
             return x
-        step = 16 // x.element_size()
-        aligned = x.data_ptr() % 16 == 0
-        if aligned and all(s > 0 and s % step == 0 for s in x.stride()[:-1]):
-            return x
-        if aligned and x.is_contiguous():
-            return x
+        # While tracing there is no address; what the compiler hands over later is aligned.
+        if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+            step = 16 // x.element_size()
+            if x.is_contiguous() or all(s > 0 and s % step == 0 for s in x.stride()[:-1]):
+                return x
     return x.contiguous() if not x.is_contiguous() else x.clone()
 
 
-def forward_options(o: Options) -> dict:
-    """Keyword arguments of sinkattn::fwd."""
-    return {
-        "cu_seqlens_q": o.cu_seqlens_q,
-        "cu_seqlens_k": o.cu_seqlens_k,
-        "seqused_q": o.seqused_q,
-        "seqused_k": o.seqused_k,
-        "max_seqlen_q": o.max_seqlen_q,
-        "max_seqlen_k": o.max_seqlen_k,
-        "softmax_scale": o.softmax_scale,
-        "causal": o.causal,
-        "window_left": o.window_left,
-        "window_right": o.window_right,
-        "attention_chunk": o.attention_chunk,
-        "softcap": o.softcap,
-        "num_splits": o.num_splits,
-        "pack_gqa": o.pack_gqa,
-        "sm_margin": o.sm_margin,
-    }
+def distinct(options: Options) -> Options:
+    """The options with one tensor object per field.
+
+    Self-attention passes one cu_seqlens twice, and Dynamo cannot trace an autograd function that
+    receives a tensor in two places. A view is another object and costs nothing once compiled.
+    """
+    views = (None if x is None else x.view_as(x) for x in options[2:5])
+    return Options(*options[:2], *views, *options[5:])
 
 
-def backward_options(o: Options) -> dict:
-    """Keyword arguments of sinkattn::bwd and bwd_out."""
-    options = forward_options(o)
-    del options["num_splits"], options["pack_gqa"]
-    options["deterministic"] = o.deterministic
-    return options
+def _save(ctx, tensors, options: Options) -> None:
+    # Index tensors are saved like the rest, so that changing them in place is noticed. The other
+    # optional tensors do not exist in a backward.
+    ctx.save_for_backward(*tensors, *options[1:5])
+    nothing = (None,) * 6
+    ctx.options = (*options[5:7], *nothing, *options[13:19], None, *options[20:])
+    ctx.set_materialize_grads(False)
 
 
-def _save(ctx, q, k, v, sink, out, lse, options: Options) -> None:
-    # Index tensors are saved like the rest, so that changing them in place is noticed.
-    ctx.save_for_backward(q, k, v, sink, out, lse, *options[:4])
-    ctx.options = options[4:]
+def _saved(ctx) -> tuple:
+    *tensors, cu_q, cu_k, used_q, used_k = ctx.saved_tensors
+    return (*tensors, Options(None, cu_q, cu_k, used_q, used_k, *ctx.options))
 
 
-def _saved(ctx):
-    q, k, v, sink, out, lse, *index = ctx.saved_tensors
-    return q, k, v, sink, out, lse, Options(*index, *ctx.options)
-
-
-def _gradients(ctx, dout, dlse):
-    q, k, v, sink, out, lse, options = _saved(ctx)
-    need_q, need_k, need_v, need_sink = ctx.needs_input_grad[:4]
+def _gradients(ctx, needs, dout, dlse) -> tuple:
+    """Gradients of q, k, v and the sink; `needs` says in this order which are wanted."""
     if dout is None and dlse is None:
         return None, None, None, None
-    dq, dk, dv, dsink = call(
-        ops.bwd,
+    q, k, v, sink, out, lse, options = _saved(ctx)
+    gradients = call(
+        BACKWARD,
         None if dout is None else ready(dout),
         None if dlse is None else dlse.contiguous(),
         q,
@@ -109,17 +121,12 @@ def _gradients(ctx, dout, dlse):
         v,
         out,
         lse,
-        need_dq=need_q,
-        need_dkv=need_k or need_v,
-        learnable_sink=sink if need_sink else None,
-        **backward_options(options),
+        *options.backward_arguments(),
+        needs[0],
+        needs[1] or needs[2],
+        sink if needs[3] else None,
     )
-    return (
-        dq if need_q else None,
-        dk if need_k else None,
-        dv if need_v else None,
-        dsink if need_sink else None,
-    )
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
 class FlashAttnFunc(torch.autograd.Function):
@@ -127,16 +134,14 @@ class FlashAttnFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sink, *options):
-        options = Options(*options)
-        out, lse = call(ops.fwd, q, k, v, learnable_sink=sink, **forward_options(options))
-        _save(ctx, q, k, v, sink, out, lse, options)
-        ctx.set_materialize_grads(False)
+        out, lse = call(FORWARD, q, k, v, *options[:-1], sink)
+        _save(ctx, (q, k, v, sink, out, lse), Options(*options))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return (*_gradients(ctx, dout, None), *(None,) * len(Options._fields))
+        return (*_gradients(ctx, ctx.needs_input_grad[:4], dout, None), *_NO_OPTION_GRADIENTS)
 
 
 class FlashAttnLseFunc(torch.autograd.Function):
@@ -144,16 +149,14 @@ class FlashAttnLseFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sink, *options):
-        options = Options(*options)
-        out, lse = call(ops.fwd, q, k, v, learnable_sink=sink, **forward_options(options))
-        _save(ctx, q, k, v, sink, out, lse, options)
-        ctx.set_materialize_grads(False)
+        out, lse = call(FORWARD, q, k, v, *options[:-1], sink)
+        _save(ctx, (q, k, v, sink, out, lse), Options(*options))
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        return (*_gradients(ctx, dout, dlse), *(None,) * len(Options._fields))
+        return (*_gradients(ctx, ctx.needs_input_grad[:4], dout, dlse), *_NO_OPTION_GRADIENTS)
 
 
 # One function serves dense and packed sequences; FA3 has two names for it.
@@ -168,8 +171,7 @@ def split_packed(packed: torch.Tensor, heads: tuple[int, ...] | None) -> tuple[t
 
 
 def _packed_gradients(ctx, dout, dlse):
-    q, packed, sink, out, lse, *index = ctx.saved_tensors
-    options = Options(*index, *ctx.options)
+    q, packed, sink, out, lse, options = _saved(ctx)
     dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
     parts, dparts = split_packed(packed, ctx.heads), split_packed(dpacked, ctx.heads)
     if q is None:
@@ -179,7 +181,7 @@ def _packed_gradients(ctx, dout, dlse):
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     need_sink = ctx.needs_input_grad[2]
     _, dsink = call(
-        ops.bwd_out,
+        BACKWARD_OUT,
         dq,
         dk,
         dv,
@@ -190,8 +192,10 @@ def _packed_gradients(ctx, dout, dlse):
         v,
         out,
         lse,
-        learnable_sink=sink if need_sink else None,
-        **backward_options(options),
+        *options.backward_arguments(),
+        True,
+        True,
+        sink if need_sink else None,
     )
     return (
         dq if ctx.needs_input_grad[0] else None,
@@ -205,14 +209,11 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, packed, sink, heads, *options):
-        options = Options(*options)
         parts = split_packed(packed, heads)
         query, key, value = parts if q is None else (q, *parts)
-        out, lse = call(ops.fwd, query, key, value, learnable_sink=sink, **forward_options(options))
-        ctx.save_for_backward(q, packed, sink, out, lse, *options[:4])
-        ctx.options = options[4:]
+        out, lse = call(FORWARD, query, key, value, *options[:-1], sink)
+        _save(ctx, (q, packed, sink, out, lse), Options(*options))
         ctx.heads = heads
-        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
@@ -220,4 +221,35 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
             return (None,) * (4 + len(Options._fields))
-        return (*_packed_gradients(ctx, dout, dlse), *(None,) * (1 + len(Options._fields)))
+        return (*_packed_gradients(ctx, dout, dlse), None, *_NO_OPTION_GRADIENTS)
+
+
+# --- sinkattn::attention: what an exported training graph contains --------------------------------
+# An exporter records operators, not autograd functions, so the gradient must hang on an operator.
+# fwd itself stays without one: the Python hop of a registered gradient costs every call that needs
+# no gradient about as much as all other host work.
+
+ATTENTION = ops.attention.default
+
+
+def _attention_context(ctx, inputs, output) -> None:
+    q, k, v, *options, sink, deterministic = inputs
+    _save(ctx, (q, k, v, sink, *output), Options(*options, deterministic))
+
+
+_SINK = 3 + len(Options._fields) - 1  # its position in the schema
+
+
+@once_differentiable
+def _attention_backward(ctx, dout, dlse):
+    # Arguments that equal their defaults are dropped from the end of a recorded call, and from
+    # needs_input_grad with them.
+    needs = ctx.needs_input_grad
+    need_sink = len(needs) > _SINK and needs[_SINK]
+    dq, dk, dv, dsink = _gradients(ctx, (*needs[:3], need_sink), dout, dlse)
+    return (dq, dk, dv, *_NO_OPTION_GRADIENTS[:-1], dsink, None)
+
+
+torch.library.register_autograd(
+    "sinkattn::attention", _attention_backward, setup_context=_attention_context
+)

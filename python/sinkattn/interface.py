@@ -17,7 +17,7 @@ the text is always ``<argument>: expected <what>, got <what>``.
 
 from __future__ import annotations
 
-from ._arguments import boolean, integer, one_sink, optional_integer, tensor, wants_gradient, window
+from ._arguments import integer, one_sink, tensor
 from ._cache import flash_attn_with_kvcache, get_scheduler_metadata
 from ._compatibility import (
     _flash_attn_backward,
@@ -26,14 +26,12 @@ from ._compatibility import (
     round_multiple,
     round_up_headdim,
 )
-from ._execute import Call, attend
+from ._execute import attend, attend_packed, make_options
 from ._merge import flash_attn_combine, merge_attention
 from .autograd import (
     FlashAttnFunc,
     FlashAttnQKVPackedFunc,
     FlashAttnVarlenFunc,
-    ready,
-    split_packed,
 )
 
 __all__ = [
@@ -109,9 +107,9 @@ def flash_attn_func(
 
     The signature is FlashAttention-3's with the sink added.
     """
-    call = Call(
-        causal=boolean(causal, "causal"),
-        window=window(window_size),
+    options = make_options(
+        causal=causal,
+        window_size=window_size,
         softmax_scale=softmax_scale,
         attention_chunk=attention_chunk,
         softcap=softcap,
@@ -119,10 +117,13 @@ def flash_attn_func(
         pack_gqa=pack_gqa,
         deterministic=deterministic,
         sm_margin=sm_margin,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
     sink = one_sink(s_aux, sinks, learnable_sink)
-    call.extras(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    return attend(call, q, k, v, sink, return_lse=return_attn_probs)
+    return attend(options, q, k, v, sink, return_lse=return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -176,9 +177,9 @@ def flash_attn_varlen_func(
         out (total_q, h, dv), or (out, softmax_lse (h, total_q)). Rows that belong to no sequence
         are 0 (LSE -inf).
     """
-    call = Call(
-        causal=boolean(causal, "causal"),
-        window=window(window_size),
+    options = make_options(
+        causal=causal,
+        window_size=window_size,
         softmax_scale=softmax_scale,
         attention_chunk=attention_chunk,
         softcap=softcap,
@@ -190,20 +191,17 @@ def flash_attn_varlen_func(
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
-        max_seqlen_q=optional_integer(max_seqlen_q, "max_seqlen_q"),
-        max_seqlen_k=optional_integer(max_seqlen_k, "max_seqlen_k"),
-    )
-    sink = one_sink(s_aux, sinks, learnable_sink)
-    call.extras(
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
         qv=qv,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
         page_table=page_table,
         scheduler_metadata=scheduler_metadata,
-        out=out,
     )
-    return attend(call, q, k, v, sink, return_lse=return_attn_probs)
+    sink = one_sink(s_aux, sinks, learnable_sink)
+    return attend(options, q, k, v, sink, return_lse=return_attn_probs, out=out)
 
 
 def flash_attn_qkvpacked_func(
@@ -231,21 +229,24 @@ def flash_attn_qkvpacked_func(
         qkv: (b, s, 3, h, d), or with num_heads_q (b, s, num_heads_q + 2 hk, d).
         num_heads_q: number of query heads of the second form.
     """
-    return _packed(
-        None,
-        qkv,
-        _packed_heads(qkv, num_heads_q, dense_rank=4, name="qkv"),
-        Call(
-            causal=boolean(causal, "causal"),
-            window=window(window_size),
+    return attend_packed(
+        make_options(
+            causal=causal,
+            window_size=window_size,
             softmax_scale=softmax_scale,
             attention_chunk=attention_chunk,
             softcap=softcap,
             deterministic=deterministic,
             sm_margin=sm_margin,
-        ).extras(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale),
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+        ),
+        None,
+        qkv,
+        _packed_heads(qkv, num_heads_q, dense_rank=4, name="qkv"),
         one_sink(s_aux, sinks, learnable_sink),
-        return_attn_probs,
+        return_lse=return_attn_probs,
     )
 
 
@@ -269,13 +270,10 @@ def flash_attn_kvpacked_func(
 ):
     """flash_attn_func with keys and values in one tensor kv (b, sk, 2, hk, d)."""
     _expect_pair(kv, "kv", 5, 2)
-    return _packed(
-        tensor(q, "q"),
-        kv,
-        None,
-        Call(
-            causal=boolean(causal, "causal"),
-            window=window(window_size),
+    return attend_packed(
+        make_options(
+            causal=causal,
+            window_size=window_size,
             softmax_scale=softmax_scale,
             attention_chunk=attention_chunk,
             softcap=softcap,
@@ -284,8 +282,11 @@ def flash_attn_kvpacked_func(
             deterministic=deterministic,
             sm_margin=sm_margin,
         ),
+        tensor(q, "q"),
+        kv,
+        None,
         one_sink(s_aux, sinks, learnable_sink),
-        return_attn_probs,
+        return_lse=return_attn_probs,
     )
 
 
@@ -311,13 +312,10 @@ def flash_attn_varlen_qkvpacked_func(
 ):
     """flash_attn_varlen_func on one qkv: (total, 3, h, d) or (total, num_heads_q + 2 hk, d)."""
     length = integer(max_seqlen, "max_seqlen")
-    return _packed(
-        None,
-        qkv,
-        _packed_heads(qkv, num_heads_q, dense_rank=3, name="qkv"),
-        Call(
-            causal=boolean(causal, "causal"),
-            window=window(window_size),
+    return attend_packed(
+        make_options(
+            causal=causal,
+            window_size=window_size,
             softmax_scale=softmax_scale,
             attention_chunk=attention_chunk,
             softcap=softcap,
@@ -330,8 +328,11 @@ def flash_attn_varlen_qkvpacked_func(
             max_seqlen_q=length,
             max_seqlen_k=length,
         ),
+        None,
+        qkv,
+        _packed_heads(qkv, num_heads_q, dense_rank=3, name="qkv"),
         one_sink(s_aux, sinks, learnable_sink),
-        return_attn_probs,
+        return_lse=return_attn_probs,
     )
 
 
@@ -359,13 +360,10 @@ def flash_attn_varlen_kvpacked_func(
 ):
     """flash_attn_varlen_func with keys and values in one tensor kv (total_k, 2, hk, d)."""
     _expect_pair(kv, "kv", 4, 2)
-    return _packed(
-        tensor(q, "q"),
-        kv,
-        None,
-        Call(
-            causal=boolean(causal, "causal"),
-            window=window(window_size),
+    return attend_packed(
+        make_options(
+            causal=causal,
+            window_size=window_size,
             softmax_scale=softmax_scale,
             attention_chunk=attention_chunk,
             softcap=softcap,
@@ -378,8 +376,11 @@ def flash_attn_varlen_kvpacked_func(
             max_seqlen_q=integer(max_seqlen_q, "max_seqlen_q"),
             max_seqlen_k=integer(max_seqlen_k, "max_seqlen_k"),
         ),
+        tensor(q, "q"),
+        kv,
+        None,
         one_sink(s_aux, sinks, learnable_sink),
-        return_attn_probs,
+        return_lse=return_attn_probs,
     )
 
 
@@ -410,14 +411,3 @@ def _packed_heads(qkv, num_heads_q, dense_rank: int, name: str) -> tuple[int, ..
             f"even number, got {heads_q}"
         )
     return heads_q, rest // 2, rest // 2
-
-
-def _packed(q, packed, heads, call: Call, sink, return_lse):
-    if not wants_gradient(q, packed, sink) or call.forward_only:
-        parts = split_packed(packed, heads)
-        query, key, value = parts if q is None else (q, *parts)
-        return attend(call, query, key, value, sink, return_lse=return_lse)
-    out, lse = FlashAttnQKVPackedFunc.apply(
-        None if q is None else ready(q), ready(packed), sink, heads, *call.options()
-    )
-    return (out, lse) if return_lse else out
