@@ -25,7 +25,7 @@ RECORD_EVERY = 5
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sinkattn demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     return parser.parse_args(arguments)
