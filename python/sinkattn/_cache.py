@@ -199,9 +199,26 @@ def get_scheduler_metadata(
 ):
     """Schedule of a decode step, computed once and read by every layer.
 
-    Args: the shapes of the later flash_attn_with_kvcache call. cache_seqlens: (b,) int32.
-    Returns: opaque int32 vector on the device of cache_seqlens; its length depends on batch_size
-    alone and is at most 4 * round_up(batch_size, 4) + 1. It is never written again.
+    Args: the facts of the later flash_attn_with_kvcache call.
+        batch_size, max_seqlen_q, max_seqlen_k: number of sequences and upper bounds of their query
+            and key lengths (tokens).
+        num_heads_q, num_heads_kv: heads of q and of the cache.
+        headdim, headdim_v: head dims of k and v; headdim_v defaults to headdim.
+        cache_seqlens: (b,) int32 used slots; its device is that of the result.
+        qkv_dtype: dtype of q, k and v.
+        cu_seqlens_q, cu_seqlens_k_new: (b + 1,) int32 of packed queries and of packed new keys.
+        cache_leftpad: (b,) int32.
+        page_size: slots per page of a paged cache, None for a dense one.
+        max_seqlen_k_new: upper bound of the new keys per sequence.
+        causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin: as there.
+        has_softcap: whether softcap is on there.
+
+    Returns:
+        Opaque int32 vector; its length depends on batch_size alone and is at most
+        4 * round_up(batch_size, 4) + 1. It is never written again, so that one vector serves all
+        layers and streams.
+
+    Raises ValueError for sizes out of range and TypeError for index tensors that are not int32.
     """
     left, right = window(window_size)
     return call_operator(

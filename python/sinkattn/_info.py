@@ -50,9 +50,9 @@ def build_info() -> dict:
 def explain(function, *args, **kwargs) -> str:
     """The plan of a call as text: kernel, tiles, splits, workspace bytes and the reason.
 
-    Args: a public attention function and its arguments. Nothing is computed; arguments are checked
-    as in the call itself. With new keys for a cache, the plan is that of the attention after the
-    append.
+    Args: function, a public attention function, and its args and kwargs. Nothing is computed;
+    arguments are checked as in the call itself. With new keys for a cache, the plan is that of the
+    attention after the append.
     """
     with explaining(), torch.no_grad():
         try:

@@ -310,7 +310,16 @@ def flash_attn_varlen_qkvpacked_func(
     sinks=None,
     learnable_sink=None,
 ):
-    """flash_attn_varlen_func on one qkv: (total, 3, h, d) or (total, num_heads_q + 2 hk, d)."""
+    """flash_attn_varlen_func on one tensor; its gradient is one tensor too.
+
+    Args:
+        qkv: (total, 3, h, d), or with num_heads_q (total, num_heads_q + 2 hk, d).
+        cu_seqlens: (b + 1,) int32, for queries and keys alike.
+        max_seqlen: upper bound of the sequence lengths.
+        num_heads_q: number of query heads of the second form.
+
+    Returns: out (total, h, d), or (out, softmax_lse (h, total)).
+    """
     length = integer(max_seqlen, "max_seqlen")
     return attend_packed(
         make_options(

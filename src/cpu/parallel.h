@@ -5,7 +5,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -13,10 +15,26 @@
 
 namespace sinkattn::cpu {
 
-/// Lanes for `items` pieces of work on this machine.
+/// Lanes for `items` pieces of work on this machine. The core count is read once: it follows the
+/// process's affinity, and a run must not find more lanes than its plan made workspace for.
 inline int lanes_for(std::int64_t items) {
-  const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
+  static const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
   return static_cast<int>(std::clamp<std::int64_t>(items, 1, cores));
+}
+
+/// Runs function(lane) for every lane on own threads. Where the system refuses a thread (or memory
+/// for one), the caller does the remaining lanes itself: nothing may throw out of the library.
+template <class Function>
+void run_on_threads(int lanes, const Function& function) {
+  std::vector<std::jthread> threads;
+  int next = 1;
+  try {
+    threads.reserve(static_cast<std::size_t>(lanes - 1));
+    for (; next < lanes; ++next) threads.emplace_back([&function, next] { function(next); });
+  } catch (const std::exception&) {
+  }
+  function(0);
+  for (; next < lanes; ++next) function(next);
 }
 
 /// Runs function(lane, item) for every item in [0, items).
@@ -44,9 +62,7 @@ void for_each_item(const ExecutionContext& context, std::int64_t items, int lane
         &body);
     return;
   }
-  std::vector<std::jthread> threads;
-  for (int lane = 1; lane < lanes; ++lane) threads.emplace_back([&body, lane] { body.run(lane); });
-  body.run(0);
+  run_on_threads(lanes, [&body](std::int64_t lane) { body.run(lane); });
 }
 
 }  // namespace sinkattn::cpu
