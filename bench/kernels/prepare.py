@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-
 from sinkattn.bench.timing import Timer, copy_rate, graphed
 
 
