@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "sinkattn/attention.h"
 #include "sinkattn/plan.h"
 #include "sinkattn/status.h"
 
@@ -12,7 +13,14 @@ namespace sinkattn::hopper {
 /// `what` names the call that failed.
 Status cuda_status(cudaError_t error, const char* what);
 
+/// What the Hopper backend does not serve yet: says so and names what works.
+Status not_built(const char* argument, const char* what);
+
 /// Status of the launch that was just made on this thread.
 Status launch_status(const char* kernel);
+
+inline cudaStream_t stream_of(const ExecutionContext& context) {
+  return static_cast<cudaStream_t>(context.stream);
+}
 
 }  // namespace sinkattn::hopper
