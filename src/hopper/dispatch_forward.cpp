@@ -133,6 +133,8 @@ void fill_scalars(const ForwardProblem& p, ForwardArguments* a) {
   a->map_rows_q = static_cast<std::int32_t>(std::max<std::int64_t>(p.rows_q, 1));
   a->map_rows_k = static_cast<std::int32_t>(std::max<std::int64_t>(p.rows_k, 1));
   a->head_dim_v = static_cast<std::int32_t>(p.head_dim_v);
+  a->query_slabs = static_cast<std::int32_t>(ceil_div(p.head_dim, 64));
+  a->value_slabs = static_cast<std::int32_t>(ceil_div(p.head_dim_v, 64));
 }
 
 /// The merge of the splits; also says where the kernel puts its partial results.

@@ -103,9 +103,8 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) sum[r] += partial[r][0] + partial[r][1];
   }
 
-  /// Keeps a later wgmma wait below the exponentials. The wait has no operands, and ptxas likes to
-  /// move it up, to where the product that it waits for hides nothing. A branch on the sums, which
-  /// are never negative, is the one thing it does not move across.
+  /// Keeps a later wgmma wait below the exponentials: a branch on the sums, which are never
+  /// negative, is what ptxas does not move it across.
   __device__ inline void hold_wait_below() const {
     if (sum[0] + sum[1] < 0.0f) __trap();
   }

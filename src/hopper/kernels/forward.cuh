@@ -125,13 +125,18 @@ __device__ inline void schedule_tiles(const ForwardArguments& a, ForwardSmem<C>&
   }
 }
 
-/// Loads `Slabs` boxes of 64 columns each.
-template <int Slabs, int SlabBytes>
+/// Loads the first `used` slabs of a tile, boxes of 64 columns, and announces them to `barrier`.
+/// Slabs wholly beyond the tensor's columns are never asked for: for such a box the copy engine
+/// touches the base address of its map, which need not be mapped (core/tensor_map.h). They hold the
+/// zeros of clear_unused_slabs().
+template <class T>
 __device__ inline void load_tile(const unsigned char* destination, const CUtensorMap* map,
-                                 std::uint64_t* barrier, ptx::BoxCoordinates at) {
+                                 std::uint64_t* barrier, ptx::BoxCoordinates at, int used) {
+  ptx::mbarrier_arrive_expect_tx(barrier, used * T::slab_bytes);
 #pragma unroll
-  for (int slab = 0; slab < Slabs; ++slab) {
-    ptx::tma_load(ptx::shared_address(destination) + slab * SlabBytes, map, barrier, at);
+  for (int slab = 0; slab < T::slabs; ++slab) {
+    if (slab >= used) break;
+    ptx::tma_load(ptx::shared_address(destination) + slab * T::slab_bytes, map, barrier, at);
     at.c0 += slab_columns;
   }
 }
@@ -152,29 +157,26 @@ __device__ inline void load_tiles(const ForwardArguments& a, ForwardSmem<C>& sme
       if (!valid) return;
       continue;
     }
-    ptx::mbarrier_arrive_expect_tx(&smem.query_full[q.stage], Smem::Query::bytes);
-    load_tile<Smem::Query::slabs, Smem::Query::slab_bytes>(
-        smem.query[q.stage], &a.query, &smem.query_full[q.stage],
-        {0, a.map_rows_q - tile.length + tile.first_position, tile.first_row + tile.length,
-         tile.head, tile.batch});
+    load_tile<typename Smem::Query>(smem.query[q.stage], &a.query, &smem.query_full[q.stage],
+                                    {0, a.map_rows_q - tile.length + tile.first_position,
+                                     tile.first_row + tile.length, tile.head, tile.batch},
+                                    a.query_slabs);
     ptx::BoxCoordinates at{0, 0, tile.key_end, tile.kv_head, tile.key_batch};
     const int row_of_key_0 = a.map_rows_k - tile.keys;
     const int begin = tile.block_begin;
     for (int block = tile.block_end; block >= begin; --block) {
       if (block > begin) {
         ptx::mbarrier_wait(&smem.key_empty[k.stage], k.parity ^ 1);  // arrive: release_key
-        ptx::mbarrier_arrive_expect_tx(&smem.key_full[k.stage], Smem::Key::bytes);
         at.c1 = row_of_key_0 + (block - 1) * C::tile_n;
-        load_tile<Smem::Key::slabs, Smem::Key::slab_bytes>(smem.key[k.stage], &a.key,
-                                                           &smem.key_full[k.stage], at);
+        load_tile<typename Smem::Key>(smem.key[k.stage], &a.key, &smem.key_full[k.stage], at,
+                                      a.query_slabs);
         k.advance();
       }
       if (block < tile.block_end) {
         ptx::mbarrier_wait(&smem.value_empty[v.stage], v.parity ^ 1);  // arrive: release_value
-        ptx::mbarrier_arrive_expect_tx(&smem.value_full[v.stage], Smem::Value::bytes);
         at.c1 = row_of_key_0 + block * C::tile_n;
-        load_tile<Smem::Value::slabs, Smem::Value::slab_bytes>(smem.value[v.stage], &a.value,
-                                                               &smem.value_full[v.stage], at);
+        load_tile<typename Smem::Value>(smem.value[v.stage], &a.value, &smem.value_full[v.stage],
+                                        at, a.value_slabs);
         v.advance();
       }
     }
@@ -303,6 +305,12 @@ struct Consumer {
     for (int i = 0; i < out_registers; ++i) o[i] *= rescale[row_of(i)];
   }
 
+  /// Waits for P V.
+  __device__ inline void finish_output() {
+    ptx::wgmma_wait<0>();
+    release_value();
+  }
+
   /// Gives `count` blocks back unread: no row of this warpgroup sees them. `turns` of them take
   /// part in the issue order of the other warpgroups.
   __device__ inline void skip_blocks(int count, int turns) {
@@ -335,8 +343,13 @@ struct Consumer {
     softmax.take_maximum(s, a.scale_log2, a.rescale_limit, rescale);
     softmax.exponentiate(s, a.scale_log2);
     pack_probabilities(s, p);
+    // A wgmma wait has no operands, and ptxas likes to move it up, to where the product that it
+    // waits for hides nothing. It does not cross a branch: for Hidden::maximum the wait for the
+    // next keys is one, in the right place and early.
+    constexpr bool early_keys = C::hidden == Hidden::maximum;
+    if (early_keys && blocks.end - 2 >= blocks.begin) wait_key();
     for (int block = blocks.end - 2; block >= blocks.begin; --block) {
-      wait_key();
+      if (!early_keys) wait_key();
       take_turn();
       issue_scores(s);
       wait_value();
@@ -346,15 +359,12 @@ struct Consumer {
       release_key();
       shape_scores(s, blocks, block, rows);
       softmax.take_maximum(s, a.scale_log2, a.rescale_limit, rescale);
-      if constexpr (!C::hide_exponentials) {
-        ptx::wgmma_wait<0>();
-        release_value();
-      }
+      if (early_keys && block > blocks.begin) wait_key();
+      if constexpr (C::hidden != Hidden::exponentials) finish_output();
       softmax.exponentiate(s, a.scale_log2);
-      if constexpr (C::hide_exponentials) {
+      if constexpr (C::hidden == Hidden::exponentials) {
         softmax.hold_wait_below();
-        ptx::wgmma_wait<0>();
-        release_value();
+        finish_output();
       }
       pack_probabilities(s, p);
       rescale_output(o, rescale);
@@ -404,7 +414,7 @@ struct Consumer {
     if (row < tile.length) {
 #pragma unroll
       for (int slab = 0; slab < Tile<16, C::head_dim_v>::slabs; ++slab) {
-        if (slab * slab_columns >= a.head_dim_v) break;
+        if (slab >= a.value_slabs) break;
         ptx::tma_store(&a.out, base + slab * Smem::Query::slab_bytes,
                        {slab * slab_columns, a.map_rows_q - tile.length + row,
                         tile.first_row + tile.length, tile.head, tile.batch});
@@ -458,13 +468,28 @@ struct Consumer {
     }
   }
 
+  /// The output was staged in slabs that no query is loaded to: they must be zero again.
+  __device__ inline void clear_query_slabs(int stage) {
+    const int lane = threadIdx.x % 32;
+    unsigned char* rows =
+        smem.query[stage] + (64 * warpgroup + threadIdx.x % 128 / 32 * 16) * slab_row_bytes;
+    for (int slab = a.query_slabs; slab < a.value_slabs; ++slab) {
+      for (int i = lane; i < 16 * slab_row_bytes / 16; i += 32) {
+        reinterpret_cast<uint4*>(rows + slab * Smem::Query::slab_bytes)[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    ptx::fence_proxy_async_shared();
+  }
+
   /// The query stage is free once the output has left it. One lane of each warp arrives.
   __device__ inline void release_query(int stage) {
-    __syncwarp();  // every lane has read what it needs of the tile's description
-    if (threadIdx.x % 32 == 0) {
-      ptx::bulk_wait_read<0>();
-      ptx::mbarrier_arrive(&smem.query_empty[stage]);
+    if (threadIdx.x % 32 == 0) ptx::bulk_wait_read<0>();
+    __syncwarp();  // and every lane has read what it needs of the tile's description
+    if (a.query_slabs < a.value_slabs) {
+      clear_query_slabs(stage);
+      __syncwarp();
     }
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem.query_empty[stage]);
     __syncwarp();
   }
 
@@ -526,6 +551,17 @@ __device__ inline void initialize_barriers(ForwardSmem<C>& smem) {
   ptx::mbarrier_init_fence();
 }
 
+/// Zeroes slabs from `used` on in `Stages` tiles of type T. All threads of the block.
+template <class T, int Stages>
+__device__ inline void clear_unused_slabs(unsigned char (&tiles)[Stages][T::bytes], int used) {
+  for (int stage = 0; stage < Stages; ++stage) {
+    for (int at = used * T::slab_bytes + 16 * static_cast<int>(threadIdx.x); at < T::bytes;
+         at += 16 * static_cast<int>(blockDim.x)) {
+      *reinterpret_cast<uint4*>(tiles[stage] + at) = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::threads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments a) {
@@ -537,6 +573,13 @@ __global__ void __launch_bounds__(C::threads, 1)
     ptx::prefetch_tensor_map(&a.key);
     ptx::prefetch_tensor_map(&a.value);
     ptx::prefetch_tensor_map(&a.out);
+  }
+  using Smem = ForwardSmem<C>;
+  if (a.query_slabs < Smem::Query::slabs || a.value_slabs < Smem::Value::slabs) {
+    clear_unused_slabs<typename Smem::Query>(smem.query, a.query_slabs);
+    clear_unused_slabs<typename Smem::Key>(smem.key, a.query_slabs);
+    clear_unused_slabs<typename Smem::Value>(smem.value, a.value_slabs);
+    ptx::fence_proxy_async_shared();
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);

@@ -44,6 +44,7 @@ struct ForwardArguments {
   float scale_over_cap;
   std::int32_t map_rows_q, map_rows_k;  ///< `rows` of the tensor maps
   std::int32_t head_dim_v;
+  std::int32_t query_slabs, value_slabs;  ///< of 64 columns, that the tensors have
   float* out_partial;  ///< fp32 (split, batch, row, head, column); null without splits
   std::int64_t partial_stride_split, partial_stride_batch, partial_stride_row;
   std::int64_t lse_stride_split;
