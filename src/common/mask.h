@@ -89,14 +89,14 @@ SINKATTN_HOST_DEVICE constexpr Mask make_mask(const MaskParams& params) {
 }
 
 /// floor(a / b) for b > 0 and any sign of a.
-template <class Int>
-SINKATTN_HOST_DEVICE constexpr Int floor_div(Int a, Int b) {
+template <class Int = std::int64_t>
+SINKATTN_HOST_DEVICE constexpr Int floor_div(Int a, Same<Int> b) {
   return a >= 0 ? a / b : -((-a + b - 1) / b);
 }
 
 /// Keys visible to query row i of a sequence with sq rows and sk keys, clipped to [0, sk). Both
 /// ends never decrease with i; an invisible row gives an empty range.
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr BasicRange<Int> visible_keys(const BasicMask<Int>& mask, Same<Int> i,
                                                             Same<Int> sq, Same<Int> sk) {
   const Int p = i + sk - sq;
@@ -115,7 +115,7 @@ SINKATTN_HOST_DEVICE constexpr BasicRange<Int> visible_keys(const BasicMask<Int>
 }
 
 /// The definition itself, pair by pair; visible_keys() must agree with it (property test).
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr bool keep(const BasicMask<Int>& mask, Same<Int> i, Same<Int> j,
                                          Same<Int> sq, Same<Int> sk) {
   const Int p = i + sk - sq;
@@ -127,7 +127,7 @@ SINKATTN_HOST_DEVICE constexpr bool keep(const BasicMask<Int>& mask, Same<Int> i
 }
 
 /// Query rows that see key j: the rows whose interval contains it, also one interval.
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr BasicRange<Int> visible_queries(const BasicMask<Int>& mask,
                                                                Same<Int> j, Same<Int> sq,
                                                                Same<Int> sk) {

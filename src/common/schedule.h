@@ -44,14 +44,14 @@ struct BasicQueryBlocks {
 using QueryBlocks = BasicQueryBlocks<std::int64_t>;
 
 /// ceil(a / b) for a >= 0, b > 0.
-template <class Int>
-SINKATTN_HOST_DEVICE constexpr Int ceil_div(Int a, Int b) {
+template <class Int = std::int64_t>
+SINKATTN_HOST_DEVICE constexpr Int ceil_div(Int a, Same<Int> b) {
   return a / b + (a % b != 0 ? 1 : 0);
 }
 
 /// Key blocks of the query rows [row_begin, row_end) of a sequence. Rows from sq on do not count:
 /// nothing of them is stored. Keys from sk on are invisible, so a ragged last block is never full.
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr BasicKeyBlocks<Int> key_blocks(const BasicMask<Int>& mask,
                                                               Same<Int> row_begin,
                                                               Same<Int> row_end, Same<Int> sq,
@@ -65,7 +65,6 @@ SINKATTN_HOST_DEVICE constexpr BasicKeyBlocks<Int> key_blocks(const BasicMask<In
   blocks.n_begin = first.begin / tile_n;
   blocks.n_end = ceil_div(last.end, tile_n);
   blocks.n_full_begin = ceil_div(last.begin, tile_n);
-  if (blocks.n_full_begin > blocks.n_end) blocks.n_full_begin = blocks.n_end;
   blocks.n_full_end = first.end / tile_n;
   if (blocks.n_full_end < blocks.n_full_begin) blocks.n_full_end = blocks.n_full_begin;
   return blocks;
@@ -75,7 +74,7 @@ SINKATTN_HOST_DEVICE constexpr BasicKeyBlocks<Int> key_blocks(const BasicMask<In
 /// tile that reaches over the end has no full block. A kernel that zero-fills those keys may pass
 /// key_end = sk instead. Rows from sq on do not count: the backward gives them LSE +inf, so that
 /// their weights are 0.
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr BasicQueryBlocks<Int> query_blocks(const BasicMask<Int>& mask,
                                                                   Same<Int> key_begin,
                                                                   Same<Int> key_end, Same<Int> sq,
@@ -90,7 +89,6 @@ SINKATTN_HOST_DEVICE constexpr BasicQueryBlocks<Int> query_blocks(const BasicMas
   blocks.m_begin = first.begin / tile_m;
   blocks.m_end = ceil_div(last.end, tile_m);
   blocks.m_full_begin = ceil_div(last.begin, tile_m);
-  if (blocks.m_full_begin > blocks.m_end) blocks.m_full_begin = blocks.m_end;
   // A block that is cut off by the end of the sequence is as good as a whole one.
   blocks.m_full_end = first.end == sq ? ceil_div(sq, tile_m) : first.end / tile_m;
   if (ragged || blocks.m_full_end < blocks.m_full_begin) blocks.m_full_end = blocks.m_full_begin;
@@ -99,7 +97,7 @@ SINKATTN_HOST_DEVICE constexpr BasicQueryBlocks<Int> query_blocks(const BasicMas
 
 /// Part `split` of `num_splits` consecutive parts of a range of blocks: sizes differ by at most
 /// one, the larger ones come first; with fewer blocks than parts the last parts are empty.
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr BasicRange<Int> split_blocks(const BasicRange<Int>& blocks,
                                                             Same<Int> split, Same<Int> num_splits) {
   const Int size = blocks.size() / num_splits;
@@ -116,13 +114,13 @@ struct BasicPackedRow {
 };
 using PackedRow = BasicPackedRow<std::int64_t>;
 
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr BasicPackedRow<Int> unpack_row(Int row, Int group) {
   return {row / group, row % group};
 }
 
 /// Positions that the packed rows [row_begin, row_end) belong to: what key_blocks() is asked with.
-template <class Int>
+template <class Int = std::int64_t>
 SINKATTN_HOST_DEVICE constexpr BasicRange<Int> packed_positions(Int row_begin, Int row_end,
                                                                 Int group) {
   if (row_begin >= row_end) return {};
