@@ -28,6 +28,10 @@ if(SINKATTN_TESTS)
     target_include_directories(sinkattn_gpu_tests PRIVATE "${PROJECT_SOURCE_DIR}/src")
     set_target_properties(sinkattn_gpu_tests PROPERTIES
       LINKER_LANGUAGE CXX RUNTIME_OUTPUT_DIRECTORY "${sinkattn_tests_dir}")
+    add_test(NAME sinkattn_gpu_tests COMMAND sinkattn_gpu_tests)
+    # The reasons of tests/gpu/gpu_test.h.
+    set_tests_properties(sinkattn_gpu_tests PROPERTIES TIMEOUT 300 SKIP_REGULAR_EXPRESSION
+      "no usable GPU: ;no GPU;needs compute capability 9.0")
   endif()
 
   file(GLOB sinkattn_examples CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/examples/*.cpp")

@@ -136,7 +136,8 @@ def ctest(folder: Path) -> str:
         raise StageError(closing.group(0) if closing else "ctest failed")
     if toolchain()["googletest"] is None:
         return f"skipped: GoogleTest is not installed; examples: {closing.group(0)}"
-    return closing.group(0)
+    skipped = re.findall(r"(\S+) \(Skipped\)", result.stdout)
+    return closing.group(0) + (f"; skipped: {', '.join(skipped)}" if skipped else "")
 
 
 def cpp_tests() -> str:
