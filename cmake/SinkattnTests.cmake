@@ -46,6 +46,18 @@ if(SINKATTN_TESTS)
   endforeach()
 endif()
 
+if(SINKATTN_TESTS AND SINKATTN_WITH_CUDA)
+  # Benchmarks of the core without torch: programs against the public interface, not installed.
+  file(GLOB sinkattn_benchmarks CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/bench/core/*.cu")
+  foreach(source IN LISTS sinkattn_benchmarks)
+    cmake_path(GET source STEM name)
+    add_executable(bench_${name} "${source}")
+    target_link_libraries(bench_${name} PRIVATE sinkattn::sinkattn CUDA::cudart_static)
+    set_target_properties(bench_${name} PROPERTIES
+      LINKER_LANGUAGE CXX RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/bench")
+  endforeach()
+endif()
+
 if(SINKATTN_FUZZ)
   # With Clang these are libFuzzer programs. Other compilers link standalone.cpp, which feeds the
   # same entry point with seeded random inputs.
