@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hopper/kernels/decode.cuh"
+
+namespace sinkattn::hopper {
+template Status launch_decode_instance<256, 256, 1, true>(const DecodeParams&, unsigned,
+                                                           cudaStream_t);
+}  // namespace sinkattn::hopper

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hopper/kernels/decode.cuh"
+
+namespace sinkattn::hopper {
+template Status launch_decode_instance<64, 64, 1, true>(const DecodeParams&, unsigned,
+                                                           cudaStream_t);
+template Status launch_decode_instance<64, 64, 2, true>(const DecodeParams&, unsigned,
+                                                           cudaStream_t);
+}  // namespace sinkattn::hopper
