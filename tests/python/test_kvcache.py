@@ -96,8 +96,8 @@ def test_kvcache(index, device):
         options["cache_leftpad"] = pad
     if page_table is not None:
         options["page_table"] = page_table
-    if case["sink"]:
-        options["learnable_sink"] = torch.randn(h, generator=g)
+    sink = torch.randn(h, generator=g) if case["sink"] else None
+    options["learnable_sink"] = sink
     counts = [0] * BATCH
     new_k = new_v = None
     if case["append"] != "no":
@@ -183,7 +183,7 @@ def test_kvcache(index, device):
         expected_v[row_of.long()].double(),
         seqused_k=total,
         cache_leftpad=pad,
-        learnable_sink=options.get("learnable_sink"),
+        learnable_sink=sink,
         **case["mask"],
     )
     close(
