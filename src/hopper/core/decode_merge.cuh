@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // From the partial results of warps to an output row: merge of the warps of a block in shared
-// memory, then either the end of the row (sink included), or a piece in the workspace, which the
-// block that arrives last merges with the others. The sink is counted in finish_row() and in
-// merge_pieces(), of which every row passes exactly one.
+// memory, then either the end of the row (sink included), or a piece in the workspace. The sink is
+// counted in finish_row() and in the merge of pieces (kernels/decode_merge.cu), of which every row
+// passes exactly one.
 #pragma once
 
 #include <cmath>
@@ -24,19 +24,11 @@ __device__ inline float weight_below(float x, float top) {
 
 /// Results of the warps in shared memory. Rows are padded by 8 floats: the eight rows that a warp
 /// stores at once fall into different banks.
-template <int Rows, int ColumnsV>
+template <int Warps, int Rows, int ColumnsV>
 struct WarpResults {
-  float out[decode_warps][Rows][ColumnsV + 8];
-  float top[decode_warps][Rows];  ///< raw scores
-  float sum[decode_warps][Rows];
-};
-
-/// Weights of the pieces of a row tile, for the block that merges them.
-template <int Rows>
-struct PieceWeights {
-  float weight[decode_max_splits][Rows];
-  float factor[Rows];
-  float lse[Rows];
+  float out[Warps][Rows][ColumnsV + 8];
+  float top[Warps][Rows];  ///< raw scores
+  float sum[Warps][Rows];
 };
 
 /// Four columns of one row after the merge of the warps.
@@ -46,19 +38,22 @@ struct MergedRow {
   float out[4] = {};
 };
 
-template <int Rows, int ColumnsV>
-__device__ MergedRow merge_warps(const WarpResults<Rows, ColumnsV>& results, int row, int column,
-                                 float scale_log2) {
+/// Weight of a partial result with maximum `top` in one with maximum `merged` (raw scores). Without
+/// keys the sum is 0 and the columns are 0; with NaN scores alone the sum is NaN: both times 0.
+__device__ inline float merge_factor(float top, float merged, float scale_log2) {
+  if (top == -INFINITY) return 0.0f;
+  return top == merged ? 1.0f : ptx::exp2_approx((top - merged) * scale_log2);
+}
+
+template <int Warps, int Rows, int ColumnsV>
+__device__ MergedRow merge_warps(const WarpResults<Warps, Rows, ColumnsV>& results, int row,
+                                 int column, float scale_log2) {
   MergedRow merged;
 #pragma unroll
-  for (int w = 0; w < decode_warps; ++w) merged.top = fmaxf(merged.top, results.top[w][row]);
+  for (int w = 0; w < Warps; ++w) merged.top = fmaxf(merged.top, results.top[w][row]);
 #pragma unroll
-  for (int w = 0; w < decode_warps; ++w) {
-    const float top = results.top[w][row];
-    // A warp without keys has sum 0 and out 0, one with NaN scores alone has sum NaN: both times 0.
-    const float factor =
-        top == -INFINITY ? 0.0f : (top == merged.top ? 1.0f
-                                                     : ptx::exp2_approx((top - merged.top) * scale_log2));
+  for (int w = 0; w < Warps; ++w) {
+    const float factor = merge_factor(results.top[w][row], merged.top, scale_log2);
     merged.sum += results.sum[w][row] * factor;
     const float4 part = *reinterpret_cast<const float4*>(&results.out[w][row][column]);
     merged.out[0] += part.x * factor;
@@ -132,74 +127,6 @@ __device__ void store_piece(const DecodeParams& p, std::int64_t slot, int row, i
   *reinterpret_cast<float4*>(p.partial_out + at * ColumnsV + column) = out;
   if (column == 0) {
     p.partial_lse[at] = empty ? -INFINITY : merged.top * p.scale + logf(merged.sum);
-  }
-}
-
-/// Weights of all pieces of a row by one warp; returns the LSE with the sink.
-template <int Rows>
-__device__ float weigh_pieces(const DecodeParams& p, const DecodePiece& piece,
-                              PieceWeights<Rows>& weights, int row, float sink) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  float top = sink;
-  bool is_nan = isnan(sink);
-  for (int i = lane; i < piece.count; i += 32) {
-    const float lse = __ldcg(p.partial_lse + piece.slot(i) * Rows + row);
-    is_nan |= isnan(lse);
-    top = fmaxf(top, lse);
-    weights.weight[i][row] = lse;
-  }
-  is_nan = __any_sync(0xffffffffu, is_nan);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-  float total = 0.0f;
-  for (int i = lane; i < piece.count; i += 32) {
-    const float lse = weights.weight[i][row];
-    const float weight = lse == -INFINITY ? 0.0f : weight_below(lse, top);
-    weights.weight[i][row] = weight;
-    total += weight;
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
-  // No piece has a key: the sink to the bit.
-  const bool empty = total == 0.0f && (top == sink || top == -INFINITY);
-  if (sink != -INFINITY) total += weight_below(sink, top);
-  if (lane == 0) {
-    weights.factor[row] = is_nan ? NAN : (total == 0.0f ? 0.0f : 1.0f / total);
-  }
-  if (is_nan) return NAN;
-  return empty ? sink : top + logf(total);
-}
-
-/// The block that arrives last merges all pieces of the row tile, in the order of their keys.
-template <class T, int Rows, int ColumnsV>
-__device__ void merge_pieces(const DecodeParams& p, const DecodePiece& piece,
-                             const OutputRows& rows, int valid_rows, PieceWeights<Rows>& weights) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  for (int row = warp; row < valid_rows; row += decode_warps) {
-    const float lse =
-        weigh_pieces<Rows>(p, piece, weights, row, load_sink(p.sink, rows.head(p, row)));
-    if (threadIdx.x % 32 == 0) weights.lse[row] = lse;
-  }
-  __syncthreads();
-  constexpr int items = ColumnsV / 4;
-  for (int item = threadIdx.x; item < valid_rows * items; item += 32 * decode_warps) {
-    const int row = item / items;
-    const int column = item % items * 4;
-    const float* from = p.partial_out + row * ColumnsV + column;
-    float out[4] = {};
-#pragma unroll 4
-    for (int i = 0; i < piece.count; ++i) {
-      const float4 part = __ldcg(
-          reinterpret_cast<const float4*>(from + piece.slot(i) * (Rows * ColumnsV)));
-      const float weight = weights.weight[i][row];
-      out[0] = fmaf(weight, part.x, out[0]);
-      out[1] = fmaf(weight, part.y, out[1]);
-      out[2] = fmaf(weight, part.z, out[2]);
-      out[3] = fmaf(weight, part.w, out[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] *= weights.factor[row];
-    store_row<T>(p, rows, row, column, out, weights.lse[row]);
   }
 }
 

@@ -3,6 +3,7 @@
 // head) is cut along its keys into pieces. Two ways of cutting:
 //   splits = n   every row tile in n equal pieces, one block each. With n = 1 a row's result depends
 //                on nothing but the row.
+//   cluster = n  the same, but the pieces are the blocks of a cluster, which merge them on the spot.
 //   splits = 0   all key tiles of the batch in one line (sequence, row tile, KV head fastest), the
 //                line cut in equal parts, one per block of a grid that fills the machine once. A
 //                block ends the row tile it starts in, does whole ones, and begins a last one.
@@ -25,7 +26,7 @@ struct DecodePiece {
   int index, count;                    ///< this piece, and how many the row tile has
   std::int64_t slot_first, slot_rest;  ///< workspace slots: of piece 0; of piece i is
   int slot_step;                       ///< slot_rest + i * slot_step
-  int counter;                         ///< arrivals of the row tile
+  int entry;                           ///< of the row tile in the list of what is to be merged
 
   __device__ std::int64_t slot(int i) const {
     return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
@@ -81,11 +82,11 @@ struct DecodeSequence {
 
 /// The pieces of this block, in order. Lives in shared memory: thread 0 moves it on, all threads
 /// read the current piece from it where they need it instead of holding it in registers.
-template <int RowTile, int TileKeys>
+template <int RowTile, int TileKeys, int Warps>
 class DecodeWork {
  public:
   using Sequence = DecodeSequence<RowTile, TileKeys>;
-  static constexpr int threads = 32 * decode_warps;
+  static constexpr int threads = 32 * Warps;
 
   DecodePiece piece;
   Sequence sequence;  ///< of the piece
@@ -96,6 +97,7 @@ class DecodeWork {
       left_ = 0;
       b_ = unit_ = tile_ = 0;
       line_ = 0;
+      part_begins_cut_ = false;
     }
     if (p.splits == 0) find_part(p);
   }
@@ -108,27 +110,54 @@ class DecodeWork {
     return more_;
   }
 
-  int flag;  ///< of arrive_last()
+  /// By one thread at the end: the row tile that this block began and others continue, if any.
+  __device__ void list_cut(const DecodeParams& p) const {
+    DecodeCut cut = {};
+    if (p.splits > 0) {
+      if (piece.index != 0) return;
+      if (piece.row_tile < sequence.row_tiles()) cut.pieces = piece.count;
+    } else if (part_begins_cut_) {
+      cut.pieces = piece.count;
+    }
+    if (cut.pieces > 1) {
+      cut.first_q = sequence.first_q;
+      cut.b = piece.b;
+      cut.kv_head = piece.kv_head;
+      cut.first_row = piece.row_tile * RowTile;
+      cut.rows = min(RowTile, sequence.rows - cut.first_row);
+      cut.slot_first = piece.slot_first;
+      cut.slot_rest = piece.slot_rest;
+      cut.slot_step = piece.slot_step;
+    }
+    p.cuts[p.splits > 0 ? piece.entry : static_cast<int>(blockIdx.x)] = cut;
+  }
 
  private:
+  /// Blocks of a row tile are neighbours in a cluster, and heads apart otherwise, so that blocks
+  /// which run together read neighbouring heads of the same tokens.
   __device__ bool take_static(const DecodeParams& p) {
     if (left_ < 0) return false;
     left_ = -1;
-    int index = blockIdx.x;
-    piece.kv_head = index % p.heads_kv;
-    index /= p.heads_kv;
-    piece.index = index % p.splits;
-    index /= p.splits;
-    piece.row_tile = index % p.row_tiles;
-    piece.b = index / p.row_tiles;
+    int unit = blockIdx.x;
+    if (p.cluster > 1) {
+      piece.index = unit % p.splits;
+      unit /= p.splits;
+    } else {
+      piece.kv_head = unit % p.heads_kv;
+      piece.index = unit / p.heads_kv % p.splits;
+      unit = unit / p.heads_kv / p.splits * p.heads_kv + piece.kv_head;
+    }
+    piece.kv_head = unit % p.heads_kv;
+    piece.row_tile = unit / p.heads_kv % p.row_tiles;
+    piece.b = unit / p.heads_kv / p.row_tiles;
+    piece.entry = unit;
+    piece.count = p.splits;
     sequence = Sequence(p, piece.b);
     if (piece.row_tile >= sequence.row_tiles()) return false;
     const Range keys = sequence.keys_of_tile(p, piece.row_tile);
     const std::int64_t tiles = Sequence::tiles_of(keys);
     set_keys(keys, tiles * piece.index / p.splits, tiles * (piece.index + 1) / p.splits);
-    piece.count = p.splits;
-    piece.counter = index * p.heads_kv + piece.kv_head;
-    piece.slot_first = piece.slot_rest = static_cast<std::int64_t>(piece.counter) * p.splits;
+    piece.slot_first = piece.slot_rest = static_cast<std::int64_t>(unit) * p.splits;
     piece.slot_step = 1;
     return true;
   }
@@ -163,7 +192,8 @@ class DecodeWork {
     piece.slot_first = 2 * first + 1;
     piece.slot_rest = 2 * first;
     piece.slot_step = 2;
-    piece.counter = static_cast<int>(first);
+    piece.entry = static_cast<int>(first);
+    part_begins_cut_ = piece.index == 0 && piece.count > 1;
     left_ -= take;
     tile_ = 0;
     ++unit_;
@@ -186,7 +216,7 @@ class DecodeWork {
     std::int64_t total = 0;
     *before = sum - value;
 #pragma unroll
-    for (int w = 0; w < decode_warps; ++w) {
+    for (int w = 0; w < Warps; ++w) {
       if (w < warp) *before += sums_[w];
       total += sums_[w];
     }
@@ -199,7 +229,7 @@ class DecodeWork {
     if (threadIdx.x % 32 == 0) sums_[threadIdx.x / 32] = value;
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < decode_warps; ++w) value = max(value, static_cast<int>(sums_[w]));
+    for (int w = 0; w < Warps; ++w) value = max(value, static_cast<int>(sums_[w]));
     return value;
   }
 
@@ -209,6 +239,7 @@ class DecodeWork {
     std::int64_t total = 0;
     std::int64_t before = 0;
     int longest = 1;
+    int shortest = 1 << 30;
     for (int base = 0; base < p.batch; base += threads) {
       const int b = base + static_cast<int>(threadIdx.x);
       std::int64_t mine = 0;
@@ -216,19 +247,30 @@ class DecodeWork {
         const Sequence candidate(p, b);
         mine = candidate.line_length(p);
         longest = max(longest, candidate.key_tiles);
+        shortest = min(shortest, candidate.key_tiles);
       }
       total += scan(mine, &before);
     }
     longest = block_max(longest);
+    shortest = -block_max(-shortest);
     std::int64_t part = (total + gridDim.x - 1) / gridDim.x;
     part = max(part, static_cast<std::int64_t>(p.min_tiles));
     part = max(part, static_cast<std::int64_t>(longest / (decode_max_pieces - 2) + 1));
+    if (shortest == longest) part = whole_pieces(part, longest);
     const std::int64_t start = part * blockIdx.x;
     if (threadIdx.x == 0) {
       part_ = part;
       left_ = min(part, total - start);
     }
     if (start < total) find_sequence(p, start);
+  }
+
+  /// Equal sequences: a part of whole row tiles, or an equal piece of one, where that is at most
+  /// 1/16 longer. Fewer pieces are worth more than the last few per cent of balance.
+  __device__ static std::int64_t whole_pieces(std::int64_t part, int tiles) {
+    const std::int64_t rounded = part >= tiles ? (part + tiles - 1) / tiles * tiles
+                                               : (tiles + tiles / part - 1) / (tiles / part);
+    return rounded <= part + part / 16 ? rounded : part;
   }
 
   __device__ void find_sequence(const DecodeParams& p, std::int64_t start) {
@@ -261,9 +303,10 @@ class DecodeWork {
   std::int64_t left_;  ///< key tiles of this block's part that are not taken; static: 0, then -1
   std::int64_t line_;  ///< key tiles before sequence b_
   std::int64_t part_;  ///< key tiles of a block
-  std::int64_t sums_[decode_warps];
+  std::int64_t sums_[Warps];
   int b_, unit_, tile_;
   bool more_;
+  bool part_begins_cut_;
 };
 
 }  // namespace sinkattn::hopper

@@ -210,6 +210,7 @@ template <class T>
 __global__ void __launch_bounds__(block_threads)
     append_kernel(const __grid_constant__ AppendProblem p, unsigned new_rows, unsigned query_rows) {
   ptx::wait_for_previous_grid();
+  ptx::launch_dependent_grids();  // they wait for this grid to end before they read
   const unsigned block = blockIdx.x;
   if (block < new_rows) {
     append_token<T>(p, block);
@@ -236,9 +237,9 @@ Status launch_append(const AppendProblem& p, cudaStream_t stream) {
   }
   if (grid == 0) return {};
   const auto launch = [&](auto kernel) {
-    return launch_dependent("append_kernel", kernel, static_cast<unsigned>(grid), block_threads, 0,
-                            stream, p, static_cast<unsigned>(new_rows),
-                            static_cast<unsigned>(query_rows));
+    return launch_dependent("append_kernel", kernel,
+                            LaunchSize{static_cast<int>(grid), block_threads}, stream, p,
+                            static_cast<unsigned>(new_rows), static_cast<unsigned>(query_rows));
   };
   return p.cache.key.dtype == DType::bfloat16 ? launch(append_kernel<__nv_bfloat16>)
                                               : launch(append_kernel<__half>);

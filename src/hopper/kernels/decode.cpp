@@ -44,7 +44,7 @@ std::int64_t units(const ForwardProblem& p, const DecodeLaunch& launch) {
 }
 
 DecodeTuning tuning_of(const DecodeLaunch& launch) {
-  return decode_tuning(launch.columns, launch.columns_v, launch.rows / 16);
+  return decode_tuning(launch.columns, launch.columns_v, launch.rows / 16, launch.cluster > 1);
 }
 
 /// Compiled pair of head dims, packed rows of a block, row tiles.
@@ -68,7 +68,6 @@ Status choose_instance(const ForwardProblem& p, DecodeLaunch* launch) {
   launch->columns = pair->columns;
   launch->columns_v = pair->columns_v;
   launch->rows = packed_rows(p) > 16 && pair->columns <= 128 ? 32 : 16;
-  launch->tile_keys = decode_warps * tuning_of(*launch).keys;
   launch->row_tiles = static_cast<int>((packed_rows(p) + launch->rows - 1) / launch->rows);
   return {};
 }
@@ -79,32 +78,76 @@ Status set_grid(const ForwardProblem& p, std::int64_t grid, DecodeLaunch* launch
     return Status::error(StatusCode::not_implemented,
                          "q: expected fewer than 2^31 tiles of rows times splits, got more");
   }
+  const DecodeTuning tuning = tuning_of(*launch);
+  launch->tile_keys = tuning.warps * tuning.keys;
   launch->grid = static_cast<int>(grid);
-  if (launch->splits == 0) {
-    launch->slots = 2 * grid;  // a block begins one row tile and continues one
-    launch->counters = grid;
-  } else if (launch->splits > 1) {
-    launch->slots = grid;
-    launch->counters = units(p, *launch);
-  }
+  if (launch->splits == 1 || launch->cluster > 1) return {};
+  // Balanced, a block begins one row tile that others continue, and continues one.
+  launch->slots = launch->splits == 0 ? 2 * grid : grid;
+  launch->cuts = static_cast<int>(launch->splits == 0 ? grid : units(p, *launch));
   launch->lse_offset = aligned(4 * launch->slots * launch->rows * launch->columns_v);
-  launch->arrivals_offset = launch->lse_offset + aligned(4 * launch->slots * launch->rows);
-  launch->bytes = launch->arrivals_offset + aligned(4 * launch->counters);
+  launch->cuts_offset = launch->lse_offset + aligned(4 * launch->slots * launch->rows);
+  launch->bytes =
+      launch->cuts_offset + aligned(launch->cuts * static_cast<std::int64_t>(sizeof(DecodeCut)));
   return {};
 }
 
-template <int Columns, int ColumnsV>
-Status launch_instance(const DecodeParams& params, const DecodeLaunch& launch, bool bf16,
+template <int Columns, int ColumnsV, bool Bf16>
+Status launch_instance(const DecodeParams& params, const DecodeLaunch& launch,
                        cudaStream_t stream) {
-  const unsigned grid = static_cast<unsigned>(launch.grid);
-  if constexpr (ColumnsV <= 128 && Columns <= 128) {
+  if (launch.cluster > 1) {
+    return launch_decode_instance<Columns, ColumnsV, 1, true, Bf16>(params, launch.grid, stream);
+  }
+  if constexpr (Columns <= 128) {
     if (launch.rows == 32) {
-      return bf16 ? launch_decode_instance<Columns, ColumnsV, 2, true>(params, grid, stream)
-                  : launch_decode_instance<Columns, ColumnsV, 2, false>(params, grid, stream);
+      return launch_decode_instance<Columns, ColumnsV, 2, false, Bf16>(params, launch.grid, stream);
     }
   }
-  return bf16 ? launch_decode_instance<Columns, ColumnsV, 1, true>(params, grid, stream)
-              : launch_decode_instance<Columns, ColumnsV, 1, false>(params, grid, stream);
+  return launch_decode_instance<Columns, ColumnsV, 1, false, Bf16>(params, launch.grid, stream);
+}
+
+template <bool Bf16>
+Status launch_pair(const DecodeParams& params, const DecodeLaunch& launch, cudaStream_t stream) {
+  switch (launch.columns) {
+    case 64:
+      return launch_instance<64, 64, Bf16>(params, launch, stream);
+    case 96:
+      return launch_instance<96, 96, Bf16>(params, launch, stream);
+    case 128:
+      return launch_instance<128, 128, Bf16>(params, launch, stream);
+    case 192:
+      return launch_instance<192, 128, Bf16>(params, launch, stream);
+    default:
+      return launch_instance<256, 256, Bf16>(params, launch, stream);
+  }
+}
+
+Status fill_rows(const ForwardProblem& p, cudaStream_t stream) {
+  DecodeFill fill;
+  fill.out = p.out;
+  fill.lse = p.lse;
+  fill.batch = p.packed_q ? 1 : p.batch;
+  fill.rows = p.rows_q;
+  fill.heads = p.heads_q;
+  fill.head_dim_v = p.head_dim_v;
+  return launch_decode_fill(fill, stream);
+}
+
+Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch,
+                    const DecodeParams& params, cudaStream_t stream) {
+  DecodeMerge merge = {};
+  merge.out = p.out;
+  merge.lse = p.lse;
+  merge.sink = p.sink;
+  merge.partial_out = params.partial_out;
+  merge.partial_lse = params.partial_lse;
+  merge.cuts = params.cuts;
+  merge.tile_rows = launch.rows;
+  merge.columns = launch.columns_v;
+  merge.group = params.group;
+  merge.head_dim_v = params.head_dim_v;
+  merge.packed_q = p.packed_q;
+  return launch_decode_merge(merge, launch.cuts, stream);
 }
 
 }  // namespace
@@ -120,22 +163,26 @@ FastDivisor::FastDivisor(std::uint32_t d) : divisor(d) {
 
 Status make_decode_launch(const ForwardProblem& p, int sm_count, DecodeLaunch* launch) {
   SINKATTN_RETURN_IF_ERROR(choose_instance(p, launch));
-  const DecodeTuning tuning = tuning_of(*launch);
   const std::int64_t range = longest_range(p, std::min<std::int64_t>(packed_rows(p), launch->rows));
-  const std::int64_t key_tiles = (range + launch->tile_keys - 1) / launch->tile_keys;
   const std::int64_t sms = std::max(1, sm_count - p.sm_margin);
   launch->splits = p.num_splits;
-  if (p.num_splits == 0 && (key_tiles <= decode_unsplit_tiles ||
-                            launch->row_tiles > decode_balanced_row_tiles)) {
-    launch->splits = 1;
+  if (p.num_splits == 0) {
+    const bool one_sequence = p.batch == 1 && launch->rows == 16 && p.sm_margin == 0;
+    const int cluster = decode_cluster(sm_count);
+    if (range <= decode_unsplit_keys || launch->row_tiles > decode_balanced_row_tiles) {
+      launch->splits = 1;
+    } else if (one_sequence && units(p, *launch) * cluster >= decode_cluster_blocks) {
+      launch->splits = launch->cluster = cluster;
+    }
   }
-  return set_grid(p, launch->splits == 0 ? sms * tuning.blocks : launch->splits * units(p, *launch),
-                  launch);
+  const std::int64_t resident = sms * tuning_of(*launch).blocks;
+  return set_grid(p, launch->splits == 0 ? resident : launch->splits * units(p, *launch), launch);
 }
 
 Status restore_decode_launch(const ForwardProblem& p, const Plan& plan, DecodeLaunch* launch) {
   SINKATTN_RETURN_IF_ERROR(choose_instance(p, launch));
   launch->splits = plan.num_splits;
+  launch->cluster = plan.cluster;
   return set_grid(p, plan.grid, launch);
 }
 
@@ -170,37 +217,19 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.by_group = FastDivisor(static_cast<std::uint32_t>(p.group));
   params.row_tiles = launch.row_tiles;
   params.splits = launch.splits;
+  params.cluster = launch.cluster;
   params.min_tiles = decode_min_tiles;
   params.partial_out = reinterpret_cast<float*>(memory);
   params.partial_lse = reinterpret_cast<float*>(memory + launch.lse_offset);
-  params.arrivals = reinterpret_cast<int*>(memory + launch.arrivals_offset);
+  params.cuts = launch.cuts > 0 ? reinterpret_cast<DecodeCut*>(memory + launch.cuts_offset) : nullptr;
 
-  DecodePrepare prepare;
-  prepare.arrivals = params.arrivals;
-  prepare.counters = launch.counters;
-  if (outputs_outside_sequences(p)) {
-    prepare.out = p.out;
-    prepare.lse = p.lse;
-  }
-  prepare.batch = p.packed_q ? 1 : p.batch;
-  prepare.rows = p.rows_q;
-  prepare.heads = p.heads_q;
-  prepare.head_dim_v = p.head_dim_v;
-  SINKATTN_RETURN_IF_ERROR(launch_decode_prepare(prepare, stream));
-  if (launch.grid == 0 || p.batch == 0) return {};
-  const bool bf16 = p.query.dtype == DType::bfloat16;
-  switch (launch.columns) {
-    case 64:
-      return launch_instance<64, 64>(params, launch, bf16, stream);
-    case 96:
-      return launch_instance<96, 96>(params, launch, bf16, stream);
-    case 128:
-      return launch_instance<128, 128>(params, launch, bf16, stream);
-    case 192:
-      return launch_instance<192, 128>(params, launch, bf16, stream);
-    default:
-      return launch_instance<256, 256>(params, launch, bf16, stream);
-  }
+  if (outputs_outside_sequences(p)) SINKATTN_RETURN_IF_ERROR(fill_rows(p, stream));
+  if (launch.grid == 0 || p.batch == 0 || packed_rows(p) == 0) return {};
+  SINKATTN_RETURN_IF_ERROR(p.query.dtype == DType::bfloat16
+                               ? launch_pair<true>(params, launch, stream)
+                               : launch_pair<false>(params, launch, stream));
+  if (params.cuts == nullptr) return {};
+  return merge_pieces(p, launch, params, stream);
 }
 
 }  // namespace sinkattn::hopper

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "hopper/core/decode_cluster.cuh"
 #include "hopper/core/decode_merge.cuh"
 #include "hopper/core/decode_rows.cuh"
 #include "hopper/core/decode_stream.cuh"
@@ -26,35 +27,37 @@
 
 namespace sinkattn::hopper {
 
-template <int ColumnsK, int ColumnsV_, int RowTiles_, bool Bf16>
+template <int ColumnsK, int ColumnsV_, int RowTiles_, bool Cluster_, bool Bf16>
 struct DecodeConfig {
   using Element = std::conditional_t<Bf16, __nv_bfloat16, __half>;
-  static constexpr DecodeTuning tuning = decode_tuning(ColumnsK, ColumnsV_, RowTiles_);
+  static constexpr DecodeTuning tuning = decode_tuning(ColumnsK, ColumnsV_, RowTiles_, Cluster_);
+  static constexpr bool Cluster = Cluster_;
   static constexpr int Columns = ColumnsK, ColumnsV = ColumnsV_, RowTiles = RowTiles_;
   static constexpr int rows = 16 * RowTiles;
   static constexpr int keys = tuning.keys;
-  static constexpr int threads = 32 * decode_warps;
-  static constexpr int tile_keys = decode_warps * keys;
+  static constexpr int warps = tuning.warps;
+  static constexpr int threads = 32 * warps;
+  static constexpr int tile_keys = warps * keys;
   using Stream = KeyStream<keys, tuning.slots, Columns, ColumnsV, tile_keys>;
   using Rows = DecodeRows<Element, RowTiles, Columns, ColumnsV, keys>;
-  using Work = DecodeWork<rows, tile_keys>;
-  using Results = WarpResults<rows, ColumnsV>;
-  using Weights = PieceWeights<rows>;
+  using Work = DecodeWork<rows, tile_keys, warps>;
+  using Results = WarpResults<warps, rows, ColumnsV>;
+  using Result = BlockResult<rows, ColumnsV>;
 };
 
-/// Shared memory of a block. The rings are idle when the results of the warps take their place, and
-/// the results when the weights of the pieces do.
+/// Shared memory of a block. The rings are idle when the results of the warps take their place; the
+/// result of the block, for the cluster, lies behind those.
 template <class C>
 struct DecodeSmem {
-  static constexpr int rings = decode_warps * C::Stream::ring_bytes;
-  static constexpr int first = rings > int{sizeof(typename C::Results)}
-                                   ? rings
-                                   : (int{sizeof(typename C::Results)} + 1023) / 1024 * 1024;
-  static constexpr int query = first;
+  static constexpr int round_up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+  static constexpr int rings = C::warps * C::Stream::ring_bytes;
+  static constexpr int result = round_up(sizeof(typename C::Results));
+  static constexpr int results =
+      C::Cluster ? result + round_up(sizeof(typename C::Result)) : result;
+  static constexpr int query = rings > results ? rings : results;
   static constexpr int work = query + C::Rows::QueryTile::bytes;
-  static constexpr int bytes = work + 256;
-  static_assert(sizeof(typename C::Weights) <= first, "weights of the pieces fit where the rings were");
-  static_assert(sizeof(typename C::Work) <= 256);
+  static constexpr int bytes = work + 512;
+  static_assert(sizeof(typename C::Work) <= 512);
   static_assert(bytes <= 227 * 1024);
   static_assert(C::tuning.blocks * (bytes + 1024) <= 228 * 1024, "resident blocks as planned");
 };
@@ -149,41 +152,37 @@ __device__ void store_results(typename C::Rows& state, typename C::Results& resu
   }
 }
 
-/// True in all threads of the block that is the last of the row tile to get here. Its reads of the
-/// workspace come after all blocks' writes (fence, counter, fence).
-__device__ inline bool arrive_last(const DecodeParams& p, const DecodePiece& piece, int* flag) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *flag = atomicAdd(p.arrivals + piece.counter, 1) == piece.count - 1 ? 1 : 0;
-  __syncthreads();
-  const bool last = *flag != 0;
-  __threadfence();
-  return last;
-}
-
+/// Merge of the warps; then the row ends here, in the cluster, or as a piece in the workspace.
 template <class C>
-__device__ void finish_piece(const DecodeParams& p, typename C::Work& work,
+__device__ void finish_piece(const DecodeParams& p, const typename C::Work& work,
                              unsigned char* memory) {
+  using Element = typename C::Element;
   const DecodePiece& piece = work.piece;
   const OutputRows rows = {p.packed_q ? 0 : piece.b, work.sequence.first_q,
                            piece.row_tile * C::rows, piece.kv_head};
   const int valid_rows = min(C::rows, work.sequence.rows - rows.first_row);
   const auto& results = *reinterpret_cast<typename C::Results*>(memory);
+  auto& result = *reinterpret_cast<typename C::Result*>(memory + DecodeSmem<C>::result);
   constexpr int items = C::ColumnsV / 4;
   for (int item = threadIdx.x; item < valid_rows * items; item += C::threads) {
     const int row = item / items;
     const int column = item % items * 4;
-    const MergedRow merged = merge_warps<C::rows, C::ColumnsV>(results, row, column, p.scale_log2);
-    if (piece.count == 1) {
-      finish_row<typename C::Element>(p, rows, row, column, merged);
+    const MergedRow merged =
+        merge_warps<C::warps, C::rows, C::ColumnsV>(results, row, column, p.scale_log2);
+    if constexpr (C::Cluster) {
+      *reinterpret_cast<float4*>(&result.out[row][column]) =
+          make_float4(merged.out[0], merged.out[1], merged.out[2], merged.out[3]);
+      if (column == 0) {
+        result.top[row] = merged.top;
+        result.sum[row] = merged.sum;
+      }
+    } else if (piece.count == 1) {
+      finish_row<Element>(p, rows, row, column, merged);
     } else {
       store_piece<C::rows, C::ColumnsV>(p, piece.slot(piece.index), row, column, merged);
     }
   }
-  if (piece.count > 1 && arrive_last(p, piece, &work.flag)) {
-    merge_pieces<typename C::Element, C::rows, C::ColumnsV>(
-        p, piece, rows, valid_rows, *reinterpret_cast<typename C::Weights*>(memory));
-  }
+  if constexpr (C::Cluster) finish_in_cluster<Element, C::threads>(p, rows, valid_rows, result);
 }
 
 template <class C>
@@ -220,18 +219,19 @@ __global__ void __launch_bounds__(C::threads, C::tuning.blocks)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& work = *reinterpret_cast<typename C::Work*>(memory + DecodeSmem<C>::work);
   ptx::wait_for_previous_grid();
+  ptx::launch_dependent_grids();  // they wait for this grid to end before they read
   work.begin(p);
   while (work.next(p)) run_piece<C>(p, work, memory);
+  if (!C::Cluster && p.cuts != nullptr && threadIdx.x == 0) work.list_cut(p);
 }
 
-template <int Columns, int ColumnsV, int RowTiles, bool Bf16>
-Status launch_decode_instance(const DecodeParams& params, unsigned grid, cudaStream_t stream) {
-  using C = DecodeConfig<Columns, ColumnsV, RowTiles, Bf16>;
-  constexpr int smem = DecodeSmem<C>::bytes;
-  static const cudaError_t attribute = cudaFuncSetAttribute(
-      decode_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  SINKATTN_RETURN_IF_ERROR(cuda_status(attribute, "decode_kernel"));
-  return launch_dependent("decode_kernel", decode_kernel<C>, grid, C::threads, smem, stream, params);
+template <int Columns, int ColumnsV, int RowTiles, bool Cluster, bool Bf16>
+Status launch_decode_instance(const DecodeParams& params, int grid, cudaStream_t stream) {
+  using C = DecodeConfig<Columns, ColumnsV, RowTiles, Cluster, Bf16>;
+  const LaunchSize size = {grid, C::threads, DecodeSmem<C>::bytes, params.cluster};
+  SINKATTN_RETURN_IF_ERROR(
+      allow_launch("decode_kernel", decode_kernel<C>, size.shared_bytes, Cluster));
+  return launch_dependent("decode_kernel", decode_kernel<C>, size, stream, params);
 }
 
 }  // namespace sinkattn::hopper

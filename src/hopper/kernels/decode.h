@@ -31,6 +31,22 @@ struct FastDivisor {
 #endif
 };
 
+/// A row tile whose pieces several blocks have written to the workspace: one entry of the list that
+/// the merge works off. pieces 0: nothing to do.
+struct DecodeCut {
+  std::int64_t first_q;  ///< row of position 0 in the query tensor
+  std::int64_t slot_first, slot_rest;
+  int slot_step, pieces;
+  int b, kv_head;
+  int first_row, rows;  ///< packed rows of the sequence
+
+#if defined(__CUDACC__)
+  __device__ std::int64_t slot(int i) const {
+    return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
+  }
+#endif
+};
+
 /// What the kernel reads; passed by value.
 struct DecodeParams {
   HeadsTensor query, out;
@@ -48,10 +64,11 @@ struct DecodeParams {
   FastDivisor page_size, by_group;
   int row_tiles;       ///< of the longest sequence
   int splits;          ///< n: every row tile in n pieces; 0: work shared out evenly over the grid
+  int cluster;         ///< > 1: the pieces of a row tile are the blocks of a cluster; == splits
   int min_tiles;       ///< balanced: key tiles per block, at least
   float* partial_out;  ///< (slot, row, column), normalised, sink-free
   float* partial_lse;  ///< (slot, row)
-  int* arrivals;       ///< zero before the kernel starts
+  DecodeCut* cuts;     ///< null: no row tile is shared by blocks that do not merge at once
 };
 
 /// How one problem is run: instance, grid and workspace.
@@ -60,10 +77,12 @@ struct DecodeLaunch {
   int rows = 0;                    ///< packed query rows of a block: 16 or 32
   int tile_keys = 0;               ///< keys that the warps of a block take in one step
   int splits = 1;                  ///< as in DecodeParams
+  int cluster = 1;
   int row_tiles = 1;               ///< of the longest sequence
   int grid = 0;
-  std::int64_t slots = 0, counters = 0;  ///< of the workspace
-  std::size_t lse_offset = 0, arrivals_offset = 0, bytes = 0;
+  int cuts = 0;                    ///< entries of the list for the merge
+  std::int64_t slots = 0;          ///< pieces in the workspace
+  std::size_t lse_offset = 0, cuts_offset = 0, bytes = 0;
 };
 
 /// Fills `launch` for a device with `sm_count` multiprocessors; not_implemented if nothing serves.
@@ -76,18 +95,29 @@ Status restore_decode_launch(const ForwardProblem& problem, const Plan& plan, De
 Status launch_decode(const ForwardProblem& problem, const DecodeLaunch& launch, void* workspace,
                      cudaStream_t stream);
 
-// One per file in src/hopper/instances.
-template <int Columns, int ColumnsV, int RowTiles, bool Bf16>
-Status launch_decode_instance(const DecodeParams& params, unsigned grid, cudaStream_t stream);
+/// One per file in src/hopper/instances. Cluster: the tuning for pieces merged in a cluster.
+template <int Columns, int ColumnsV, int RowTiles, bool Cluster, bool Bf16>
+Status launch_decode_instance(const DecodeParams& params, int grid, cudaStream_t stream);
 
-/// Zeroes arrivals and fills output rows with 0 and LSE with -inf, before the decode kernel.
-struct DecodePrepare {
-  int* arrivals = nullptr;
-  std::int64_t counters = 0;
-  HeadsTensor out;  ///< data null: nothing to fill
+/// Fills output rows with 0 and LSE with -inf, before the decode kernel.
+struct DecodeFill {
+  HeadsTensor out;
   RowsTensor lse;
   std::int64_t batch = 0, rows = 0, heads = 0, head_dim_v = 0;
 };
-Status launch_decode_prepare(const DecodePrepare& prepare, cudaStream_t stream);
+Status launch_decode_fill(const DecodeFill& fill, cudaStream_t stream);
+
+/// Merges the row tiles of a list, after the decode kernel.
+struct DecodeMerge {
+  HeadsTensor out;
+  RowsTensor lse;
+  VectorView sink;
+  const float* partial_out;
+  const float* partial_lse;
+  const DecodeCut* cuts;
+  int tile_rows, columns, group, head_dim_v;
+  bool packed_q;
+};
+Status launch_decode_merge(const DecodeMerge& merge, int entries, cudaStream_t stream);
 
 }  // namespace sinkattn::hopper
