@@ -6,6 +6,7 @@
 #include "common/backend.h"
 #include "hopper/core/tensor_map.h"
 #include "hopper/device.h"
+#include "hopper/dispatch.h"
 #include "hopper/kernels/combine.h"
 #include "hopper/kernels/forward.h"
 #include "hopper/kernels/unused_rows.h"
@@ -66,11 +67,6 @@ Status refuse(const ForwardProblem& p) {
     return Status::error(StatusCode::not_implemented,
                          "v: expected a head dim <= 256 on CUDA, got %lld",
                          static_cast<long long>(p.head_dim_v));
-  }
-  if (p.keys.page_table != nullptr) {
-    return Status::error(StatusCode::not_implemented,
-                         "page_table: expected none on CUDA (paged keys have no CUDA kernel yet), "
-                         "got a tensor");
   }
   if (p.longest_q > longest_32_bit || p.longest_k > longest_32_bit) {
     return Status::error(StatusCode::not_implemented,
@@ -173,6 +169,11 @@ void direct_to_partials(const CombineProblem& merge, ForwardArguments* a) {
   a->partial_stride_row = merge.out_partial.stride_row;
 }
 
+/// Few query rows, and paged keys of any kind, are the decode kernel's.
+bool is_decode(const ForwardProblem& p) {
+  return decode_serves(p) || p.keys.page_table != nullptr;
+}
+
 bool is_empty(const ForwardProblem& p) { return p.batch == 0 || p.rows_q == 0 || p.heads_q == 0; }
 
 }  // namespace
@@ -183,6 +184,7 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
     return Status::error(StatusCode::value_error, "sm_margin: expected less than %d, got %d",
                          device.sm_count, p.sm_margin);
   }
+  if (is_decode(p)) return plan_decode(p, device, plan);
   const ForwardInstance* instance = find_forward(p.query.dtype, p.head_dim, p.head_dim_v);
   if (instance == nullptr) {
     return Status::error(StatusCode::not_implemented,
@@ -215,6 +217,7 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
 }
 
 Status forward(const ForwardProblem& p, const Plan& plan, const ExecutionContext& context) {
+  if (is_decode(p)) return run_decode(p, plan, context);
   if (is_empty(p)) return {};
   const ForwardInstance* instance = find_forward(p.query.dtype, p.head_dim, p.head_dim_v);
   const cudaStream_t stream = stream_of(context);
