@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles and register budgets of the backward, the only home of these numbers. docs/tuning-log.md
+// has the measurements. Budgets: 384 threads share 504 registers (per thread of a warpgroup), 512
+// threads share 512; values are multiples of 8 that compile without spills.
+#pragma once
+
+namespace sinkattn::hopper {
+
+/// Rows of a query tile in every backward kernel; the accumulator of dQ is made of such tiles.
+inline constexpr int backward_tile_queries = 64;
+
+/// The key pass: 128 keys per block, 64 in each of two main warpgroups.
+/// stages: query tiles (Q, dO and their statistics) in flight.
+/// slots: dS tiles between the main warpgroups and the warpgroup of dQ.
+/// keys_in_registers: K and V as register operands, which halves the shared-memory reads of S, dP.
+/// scores_ahead: S of the next tile is issued before dV and dK of this one.
+/// producer_group: a warpgroup of its own for copies; otherwise a lane of the dQ warpgroup copies.
+/// dq_columns: columns of dQ accumulated at a time.
+template <int D, int DV>
+struct KeyPassTuning;
+
+template <>
+struct KeyPassTuning<64, 64> {
+  static constexpr int stages = 3, slots = 3, dq_columns = 64;
+  static constexpr bool keys_in_registers = false, scores_ahead = true, producer_group = true;
+  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
+};
+
+template <>
+struct KeyPassTuning<96, 96> {
+  static constexpr int stages = 2, slots = 3, dq_columns = 32;
+  static constexpr bool keys_in_registers = false, scores_ahead = false, producer_group = false;
+  static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
+};
+
+template <>
+struct KeyPassTuning<128, 128> {
+  static constexpr int stages = 2, slots = 3, dq_columns = 32;
+  static constexpr bool keys_in_registers = false, scores_ahead = false, producer_group = false;
+  static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
+};
+
+}  // namespace sinkattn::hopper

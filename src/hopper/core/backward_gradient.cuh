@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// From scores to P and dS in a transposed fragment: rows are keys, columns are query rows. A thread
+// owns two keys (rows g and g + 8 of its warp's 16) and, in each group of 8 columns, two queries.
+#pragma once
+
+#include <cstdint>
+
+#include "hopper/core/backward_work.cuh"
+#include "hopper/ptx/math.cuh"
+
+namespace sinkattn::hopper {
+
+/// Statistics of a query tile in shared memory, read as the two columns of a thread.
+__device__ inline float2 load_columns(const float* statistics, int group, int quad) {
+  return reinterpret_cast<const float2*>(statistics)[4 * group + quad];
+}
+
+/// tanh by ex2 and rcp: absolute error of a few 1e-7, also near 0, where the cap is the identity.
+__device__ inline float tanh_accurate(float x) {
+  constexpr float two_log2e = 2.8853900817779268f;
+  const float e = ptx::exp2_approx(x * two_log2e);
+  return fmaf(-2.0f, ptx::reciprocal_approx(e + 1.0f), 1.0f);
+}
+
+/// Scales that turn a raw score into an exponent. Without softcap: exponent = S * scale.
+/// With it: t / c = tanh(S * scale), exponent = t / c * cap.
+struct ScoreScale {
+  float scale, cap;
+};
+
+__device__ inline ScoreScale score_scale(const BackwardArguments& p) {
+  constexpr float log2e = 1.4426950408889634f;
+  if (p.softcap == 0.0f) return {p.scale_log2, 0.0f};
+  return {p.softmax_scale / p.softcap, p.softcap * log2e};
+}
+
+/// Raw scores -> P in place. With Softcap the scores become tanh values and P goes to `p`, which
+/// otherwise is `s` itself.
+template <bool Softcap, int Registers>
+__device__ __forceinline__ void probabilities(float (&s)[Registers], float (&p)[Registers],
+                                              const ScoreScale& scale, const float* lse2,
+                                              int quad) {
+#pragma unroll
+  for (int j = 0; j < Registers / 4; ++j) {
+    const float2 lse = load_columns(lse2, j, quad);
+#pragma unroll
+    for (int i = 4 * j; i < 4 * j + 4; ++i) {
+      const float shift = i % 2 == 0 ? lse.x : lse.y;
+      if constexpr (Softcap) {
+        s[i] = tanh_accurate(s[i] * scale.scale);
+        p[i] = ptx::exp2_approx(fmaf(s[i], scale.cap, -shift));
+      } else {
+        p[i] = ptx::exp2_approx(fmaf(s[i], scale.scale, -shift));
+      }
+    }
+  }
+}
+
+/// Which registers of a fragment a thread's two keys show to the queries of a tile that starts at
+/// `row`: bit i for register i.
+template <int Registers>
+__device__ __forceinline__ std::uint32_t visible_columns(const RowInterval* keys, int row,
+                                                         int quad) {
+  static_assert(Registers <= 32);
+  std::uint32_t bits = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const RowInterval interval = keys[8 * half];
+#pragma unroll
+    for (int i = 2 * half; i < Registers; i += i % 2 == 0 ? 1 : 3) {
+      const int column = row + 8 * (i / 4) + 2 * quad + i % 2;
+      bits |= interval.contains(column) ? 1u << i : 0u;
+    }
+  }
+  return bits;
+}
+
+/// Zeros the other registers. A select, not a product: what it replaces may be NaN.
+template <int Registers>
+__device__ __forceinline__ void keep_visible(float (&x)[Registers], std::uint32_t visible) {
+#pragma unroll
+  for (int i = 0; i < Registers; ++i) x[i] = visible >> i & 1 ? x[i] : 0.0f;
+}
+
+/// dP -> dS in place, from P (fp32).
+template <int Registers>
+__device__ __forceinline__ void score_gradients(float (&dp)[Registers], const float (&p)[Registers],
+                                                const float* softmax_d, int quad) {
+#pragma unroll
+  for (int j = 0; j < Registers / 4; ++j) {
+    const float2 d = load_columns(softmax_d, j, quad);
+#pragma unroll
+    for (int i = 4 * j; i < 4 * j + 4; ++i) dp[i] = p[i] * (dp[i] - (i % 2 == 0 ? d.x : d.y));
+  }
+}
+
+template <class T>
+__device__ float2 unpack(std::uint32_t pair);
+template <>
+__device__ inline float2 unpack<__nv_bfloat16>(std::uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+template <>
+__device__ inline float2 unpack<__half>(std::uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+/// The same from P already rounded to T, packed as a register operand.
+template <class T, int Blocks>
+__device__ __forceinline__ void score_gradients(float (&dp)[8 * Blocks],
+                                                const std::uint32_t (&p)[Blocks][4],
+                                                const float* softmax_d, int quad) {
+#pragma unroll
+  for (int j = 0; j < 2 * Blocks; ++j) {
+    const float2 d = load_columns(softmax_d, j, quad);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 weight = unpack<T>(p[j / 2][2 * (j % 2) + half]);
+      dp[4 * j + 2 * half] = weight.x * (dp[4 * j + 2 * half] - d.x);
+      dp[4 * j + 2 * half + 1] = weight.y * (dp[4 * j + 2 * half + 1] - d.y);
+    }
+  }
+}
+
+/// The derivative of the cap: dS *= 1 - (t / c)^2.
+template <int Registers>
+__device__ __forceinline__ void softcap_gradients(float (&ds)[Registers],
+                                                  const float (&tanhs)[Registers]) {
+#pragma unroll
+  for (int i = 0; i < Registers; ++i) ds[i] *= fmaf(-tanhs[i], tanhs[i], 1.0f);
+}
+
+/// An accumulator as register operand A: k16 blocks of four registers.
+template <class T, int Blocks>
+__device__ __forceinline__ void pack_operand(std::uint32_t (&a)[Blocks][4],
+                                             const float (&x)[8 * Blocks]) {
+#pragma unroll
+  for (int k = 0; k < Blocks; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[k][i] = ptx::pack<T>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
+  }
+}
+
+}  // namespace sinkattn::hopper

@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0
+// The key pass: its main warpgroups, and the kernel.
+#pragma once
+
+#include "hopper/kernels/backward_keys.cuh"
+
+namespace sinkattn::hopper {
+
+/// One main warpgroup: 64 keys.
+template <class C>
+struct KeyPassMain {
+  using T = typename C::T;
+  using Smem = KeyPassSmem<C>;
+  static constexpr int query_blocks = C::queries / 16;  ///< k16 steps of dV and dK
+  static constexpr int score_registers = C::queries / 2;
+
+  const BackwardArguments& p;
+  const KeyPassBarriers<C>& barriers;
+  char* smem;
+  int group, warp, lane, quad;
+
+  std::uint32_t key_operand[C::keys_in_registers ? C::d / 16 : 1][4];
+  std::uint32_t value_operand[C::keys_in_registers ? C::dv / 16 : 1][4];
+
+  __device__ __forceinline__ KeyPassMain(const BackwardArguments& p_,
+                                         const KeyPassBarriers<C>& barriers_, char* smem_)
+      : p(p_), barriers(barriers_), smem(smem_) {
+    group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
+    warp = threadIdx.x % 128 / 32;
+    lane = threadIdx.x % 32;
+    quad = lane % 4;
+  }
+
+  /// This warpgroup's 64 rows of a tile, as register operand A.
+  template <class Tile, int Blocks>
+  __device__ __forceinline__ void load_operand(std::uint32_t (&a)[Blocks][4], int offset) const {
+    const int row = group * C::warpgroup_keys + warp * 16 + lane % 16;
+    const std::uint32_t base = ptx::shared_address(smem + offset);
+#pragma unroll
+    for (int k = 0; k < Blocks; ++k) {
+      const int chunk = 2 * k + lane / 16;
+      ptx::load_matrix_x4(a[k],
+                          base + chunk / 8 * Tile::slab_bytes + swizzled_offset(row, chunk % 8));
+    }
+  }
+
+  /// (64 keys) x (64 queries) of A B^T: S^T from K and Q, dP^T from V and dO.
+  template <class KeyTile, class QueryTile, int Blocks>
+  __device__ __forceinline__ void multiply_keys(float (&x)[score_registers],
+                                                const std::uint32_t (&a)[Blocks][4], int a_offset,
+                                                int b_offset) const {
+    const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
+    const std::uint64_t rows = descriptor::k_major(
+        ptx::shared_address(smem + a_offset) + group * C::warpgroup_keys * slab_row_bytes);
+#pragma unroll
+    for (int k = 0; k < KeyTile::columns / 16; ++k) {
+      const std::uint64_t b_step = b + descriptor::k_step<QueryTile::slab_bytes>(k);
+      if constexpr (C::keys_in_registers) {
+        ptx::wgmma_rs<T, C::queries>(x, a[k], b_step, k != 0);
+      } else {
+        ptx::wgmma_ss<T, C::queries>(x, rows + descriptor::k_step<KeyTile::slab_bytes>(k), b_step,
+                                     k != 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_scores(float (&s)[score_registers], int stage) const {
+    multiply_keys<typename C::KeyTile, typename C::QueryTile>(
+        s, key_operand, Smem::key, Smem::query + stage * C::QueryTile::bytes);
+  }
+
+  __device__ __forceinline__ void multiply_dout(float (&dp)[score_registers], int stage) const {
+    multiply_keys<typename C::ValueTile, typename C::DoutTile>(
+        dp, value_operand, Smem::value, Smem::dout + stage * C::DoutTile::bytes);
+  }
+
+  /// x += A B with A in registers and B the query tile at `offset`: dV from P and dO, dK from dS
+  /// and Q.
+  template <class QueryTile>
+  __device__ __forceinline__ void multiply_queries(
+      float (&x)[QueryTile::columns / 2], const std::uint32_t (&a)[query_blocks][4],
+      int offset) const {
+    const std::uint64_t b =
+        descriptor::mn_major(ptx::shared_address(smem + offset), QueryTile::slab_bytes);
+#pragma unroll
+    for (int k = 0; k < query_blocks; ++k) {
+      ptx::wgmma_rs<T, QueryTile::columns, ptx::Major::mn>(x, a[k], b + k * descriptor::mn_step, 1);
+    }
+  }
+
+  /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
+  __device__ __forceinline__ void store_score_gradients(
+      const std::uint32_t (&ds)[query_blocks][4], const RingPosition<C::slots>& ring) const {
+    ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
+    const std::uint32_t row = lane % 8 + lane / 16 * 8;
+    const std::uint32_t address =
+        ptx::shared_address(smem + Smem::score + ring.slot * C::ScoreTile::bytes +
+                            group * C::ScoreTile::slab_bytes) +
+        swizzled_offset(row, 2 * warp + lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < query_blocks; ++k) {
+      ptx::store_matrix_x4_transposed(address + k * 16 * slab_row_bytes, ds[k][0], ds[k][1],
+                                      ds[k][2], ds[k][3]);
+    }
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
+  }
+
+  __device__ __forceinline__ void release(int stage) const {
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+  }
+
+  __device__ __forceinline__ const float* lse2(int stage) const {
+    return reinterpret_cast<const float*>(smem + Smem::lse2) + stage * C::queries;
+  }
+
+  __device__ __forceinline__ const float* softmax_d(int stage) const {
+    return reinterpret_cast<const float*>(smem + Smem::softmax_d) + stage * C::queries;
+  }
+
+  /// Bits of the visible registers of a tile.
+  __device__ __forceinline__ std::uint32_t visible(int tile) const {
+    const auto* all = reinterpret_cast<const RowInterval*>(smem + Smem::intervals);
+    return visible_columns<score_registers>(
+        all + group * C::warpgroup_keys + warp * 16 + lane / 4, tile * C::queries, quad);
+  }
+
+  __device__ __forceinline__ const BlockFacts& facts() const {
+    return *reinterpret_cast<const BlockFacts*>(smem + Smem::facts);
+  }
+
+  /// State of the walk over query tiles.
+  struct Position {
+    int tile;
+    RingPosition<C::stages> ring;
+    RingPosition<C::slots> slots;
+    int previous_stage = 0;
+  };
+
+  __device__ __forceinline__ void advance(Position& at) const {
+    at.previous_stage = at.ring.slot;
+    at.ring.advance();
+    at.slots.advance();
+    if (++at.tile == facts().end_tile) at.tile = facts().first_tile;
+  }
+
+  /// P^T and dO, dS^T and Q: the two products that end a tile.
+  __device__ __forceinline__ void add_key_gradients(
+      float (&dk)[C::d / 2], float (&dv)[C::dv / 2], const std::uint32_t (&pa)[query_blocks][4],
+      const std::uint32_t (&dsa)[query_blocks][4], int stage) const {
+    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
+    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
+    ptx::wgmma_commit();
+  }
+
+  /// Tile i with S of tile i + 1 issued before dV and dK of tile i, so that its exponentials run
+  /// under them. On entry S of this tile is complete; dV and dK of the last one are in flight.
+  __device__ __forceinline__ void step_ahead(float (&s)[score_registers], float (&dk)[C::d / 2],
+                                             float (&dv)[C::dv / 2], Position& at, int i,
+                                             const ScoreScale& scale) const {
+    float dp[score_registers];
+    std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
+    const int stage = at.ring.slot;
+    const int tile = at.tile;
+    const bool masked = !facts().covers_tile(group, tile);
+    const std::uint32_t bits = masked ? visible(tile) : 0xffffffffu;
+    ptx::mbarrier_wait(barriers.dout_full + stage, at.ring.phase);
+    ptx::wgmma_fence();
+    multiply_dout(dp, stage);
+    ptx::wgmma_commit();
+    probabilities<false>(s, s, scale, lse2(stage), quad);
+    if (masked) keep_visible(s, bits);
+    ptx::wgmma_wait<0>();  // dP, and dV, dK of the previous tile
+    if (i > 0) release(at.previous_stage);
+    pack_operand<T>(pa, s);
+    score_gradients(dp, s, softmax_d(stage), quad);
+    if (masked) keep_visible(dp, bits);
+    pack_operand<T>(dsa, dp);
+    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
+    advance(at);
+    // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
+    if (i + 1 < facts().iterations) {
+      ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
+    }
+    ptx::wgmma_fence();
+    multiply_scores(s, at.ring.slot);
+    ptx::wgmma_commit();
+    add_key_gradients(dk, dv, pa, dsa, stage);
+    ptx::wgmma_wait<1>();  // S of the next tile
+  }
+
+  __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
+    float s[score_registers];
+    const ScoreScale scale = score_scale(p);
+    const int iterations = facts().iterations;
+    Position at{facts().first_tile};
+    ptx::mbarrier_wait(barriers.query_full, 0);
+    ptx::wgmma_fence();
+    multiply_scores(s, 0);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    for (int i = 0; i < iterations; ++i) step_ahead(s, dk, dv, at, i, scale);
+    ptx::wgmma_wait<0>();
+  }
+
+  /// P of a tile, rounded and packed as operand. With softcap s holds the tanh values afterwards.
+  __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
+                                          float (&s)[score_registers], int stage, bool masked,
+                                          std::uint32_t bits, const ScoreScale& scale) const {
+    if constexpr (C::softcap) {
+      float w[score_registers];
+      probabilities<true>(s, w, scale, lse2(stage), quad);
+      if (masked) keep_visible(w, bits);
+      pack_operand<T>(pa, w);
+    } else {
+      probabilities<false>(s, s, scale, lse2(stage), quad);
+      if (masked) keep_visible(s, bits);
+      pack_operand<T>(pa, s);
+    }
+  }
+
+  /// One tile after the other; dV and dK of tile i run until S of tile i + 1 is there.
+  __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
+                                               float (&dv)[C::dv / 2]) const {
+    float s[score_registers], dp[score_registers];
+    std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
+    const ScoreScale scale = score_scale(p);
+    const int iterations = facts().iterations;
+    Position at{facts().first_tile};
+    for (int i = 0; i < iterations; ++i) {
+      const int stage = at.ring.slot;
+      const bool masked = !facts().covers_tile(group, at.tile);
+      const std::uint32_t bits = masked ? visible(at.tile) : 0xffffffffu;
+      ptx::mbarrier_wait(barriers.query_full + stage, at.ring.phase);
+      ptx::wgmma_fence();
+      multiply_scores(s, stage);
+      ptx::wgmma_commit();
+      ptx::mbarrier_wait(barriers.dout_full + stage, at.ring.phase);
+      ptx::wgmma_fence();
+      multiply_dout(dp, stage);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();  // S, and dV, dK of the previous tile
+      if (i > 0) release(at.previous_stage);
+      weights(pa, s, stage, masked, bits, scale);
+      ptx::wgmma_wait<0>();  // dP
+      score_gradients<T>(dp, pa, softmax_d(stage), quad);
+      if constexpr (C::softcap) softcap_gradients(dp, s);
+      if (masked) keep_visible(dp, bits);
+      pack_operand<T>(dsa, dp);
+      if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
+      ptx::wgmma_fence();
+      add_key_gradients(dk, dv, pa, dsa, stage);
+      advance(at);
+    }
+    ptx::wgmma_wait<0>();
+  }
+
+  /// A gradient of this warpgroup's keys to its rows, or to the partial sums where the query heads
+  /// of the group are split.
+  template <int Registers>
+  __device__ __forceinline__ void store(const KeyPassPlace& at, const float (&x)[Registers],
+                                        float scale, const HeadsTensor& tensor, int columns,
+                                        float* partial) const {
+    if (tensor.data == nullptr) return;
+    const SequenceInfo keys = resolve_sequence(p.side_k, at.b);
+    const int batch = p.packed_k ? 0 : at.b;
+    const int thread = static_cast<int>(opaque(threadIdx.x)) - C::first_main_group * 128;
+    const int column = 2 * (thread % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = at.first_key + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+      if (key >= keys.length) continue;
+      const std::int64_t row = keys.first_row + key;
+      if (partial != nullptr) {
+        const std::int64_t index =
+            (batch * p.rows_k + row) * p.heads_kv + at.kv_head + at.split * p.partial_stride;
+        float* to = partial + index * (2 * Registers) + column;
+#pragma unroll
+        for (int j = 0; j < Registers / 4; ++j) {
+          *reinterpret_cast<float2*>(to + 8 * j) =
+              make_float2(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]);
+        }
+        continue;
+      }
+      T* to = static_cast<T*>(tensor.data) + tensor.offset(batch, row, at.kv_head) + column;
+#pragma unroll
+      for (int j = 0; j < Registers / 4; ++j) {
+        if (8 * j >= columns) break;
+        *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
+            ptx::pack<T>(x[4 * j + 2 * half] * scale, x[4 * j + 2 * half + 1] * scale);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    float dk[C::d / 2], dv[C::dv / 2];
+#pragma unroll
+    for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
+    if (facts().iterations > 0) {
+      ptx::mbarrier_wait(barriers.keys_full, 0);
+      if constexpr (C::keys_in_registers) {
+        load_operand<typename C::KeyTile>(key_operand, Smem::key);
+        load_operand<typename C::ValueTile>(value_operand, Smem::value);
+      }
+      if constexpr (C::scores_ahead) {
+        run_ahead(dk, dv);
+      } else {
+        run_in_order(dk, dv);
+      }
+    }
+    // Where the block lies is computed again: the loop has no registers to keep it.
+    const KeyPassPlace at(p, opaque(blockIdx.x), C::keys);
+    store(at, dv, 1.0f, p.dv, p.head_dim_v, p.dv_partial);
+    store(at, dk, p.softmax_scale, p.dk, p.head_dim, p.dk_partial);
+  }
+};
+
+/// The visible rows of the block's keys, for masked tiles; and zeros for dO where there is none.
+template <class C>
+__device__ __forceinline__ void prepare_block(const BackwardArguments& p, const KeyPassWork& work,
+                                              char* smem) {
+  using Smem = KeyPassSmem<C>;
+  if (threadIdx.x < C::keys) {
+    reinterpret_cast<RowInterval*>(smem + Smem::intervals)[threadIdx.x] =
+        queries_of_key(p.mask, work.place.first_key + static_cast<int>(threadIdx.x),
+                       work.sequence.queries.length, work.sequence.keys.length);
+  }
+  if (threadIdx.x == 0) {
+    auto* facts = reinterpret_cast<BlockFacts*>(smem + Smem::facts);
+    const SequencePair& sequence = work.sequence;
+    facts->first_tile = work.tiles.begin;
+    facts->end_tile = work.tiles.end;
+    facts->iterations = work.iterations;
+    facts->sq = static_cast<int>(sequence.queries.length);
+    for (int group = 0; group < 2; ++group) {
+      const int first = work.place.first_key + group * C::warpgroup_keys;
+      facts->full[group] = full_rows(p.mask, first, first + C::warpgroup_keys,
+                                     sequence.queries.length, sequence.keys.length);
+    }
+  }
+  if (p.has_dout) return;
+  auto* dout = reinterpret_cast<uint4*>(smem + Smem::dout);
+  for (int i = threadIdx.x; i < C::stages * C::DoutTile::bytes / 16; i += C::threads) {
+    dout[i] = make_uint4(0, 0, 0, 0);
+  }
+  ptx::fence_proxy_async_shared();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::threads, 1)
+    backward_keys_kernel(const __grid_constant__ BackwardArguments p) {
+  using Tuning = typename C::Tuning;
+  extern __shared__ char unaligned[];
+  char* smem = unaligned + (1024 - ptx::shared_address(unaligned) % 1024) % 1024;
+  const KeyPassWork work(p, KeyPassPlace(p, blockIdx.x, C::keys), C::keys);
+  if (work.place.first_key >= work.sequence.keys.length) return;
+  const KeyPassBarriers<C> barriers(smem);
+  if (threadIdx.x == 0) barriers.init();
+  prepare_block<C>(p, work, smem);
+  __syncthreads();
+  const int group = threadIdx.x / 128;
+  if (C::producer_group && group == 0) {
+    ptx::registers_decrease<C::producer_group ? Tuning::producer_registers : 24>();
+    if (threadIdx.x == 0 && work.iterations > 0) {
+      KeyPassProducer<C> producer(p, work, barriers, smem);
+      producer.load_keys();
+      for (int i = 0; i < work.iterations; ++i) producer.load_tile();
+    }
+  } else if (group == C::first_main_group - 1) {
+    ptx::registers_decrease<Tuning::dq_registers>();
+    if (work.iterations > 0) query_gradient_role<C>(p, work, barriers, smem);
+  } else {
+    ptx::registers_increase<Tuning::main_registers>();
+    KeyPassMain<C>(p, barriers, smem).run();
+  }
+}
+
+}  // namespace sinkattn::hopper
