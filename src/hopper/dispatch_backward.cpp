@@ -27,6 +27,7 @@ struct Instance {
 constexpr Instance instances[] = {
     {{64, 64}, launch_key_pass_64},
     {{96, 96}, launch_key_pass_96},
+    {{128, 128}, launch_key_pass_128},
 };
 
 const Instance* find_instance(const BackwardProblem& problem) {
@@ -103,8 +104,9 @@ BackwardArguments make_arguments(const BackwardProblem& problem) {
   p.rows_q = problem.rows_q;
   p.rows_k = problem.rows_k;
   p.softmax_scale = static_cast<float>(problem.softmax_scale);
-  p.scale_log2 = static_cast<float>(problem.softmax_scale * log2e);
-  p.softcap = static_cast<float>(problem.softcap);
+  const bool capped = problem.softcap != 0.0;
+  p.score_scale = static_cast<float>(problem.softmax_scale * (capped ? 1.0 / problem.softcap : log2e));
+  p.score_cap = static_cast<float>(problem.softcap * log2e);
   p.heads_q = static_cast<int>(problem.heads_q);
   p.heads_kv = static_cast<int>(problem.heads_kv);
   p.group = static_cast<int>(problem.group);

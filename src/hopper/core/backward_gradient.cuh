@@ -22,36 +22,43 @@ __device__ inline float tanh_accurate(float x) {
   return fmaf(-2.0f, ptx::reciprocal_approx(e + 1.0f), 1.0f);
 }
 
-/// Scales that turn a raw score into an exponent. Without softcap: exponent = S * scale.
-/// With it: t / c = tanh(S * scale), exponent = t / c * cap.
-struct ScoreScale {
-  float scale, cap;
-};
-
-__device__ inline ScoreScale score_scale(const BackwardArguments& p) {
-  constexpr float log2e = 1.4426950408889634f;
-  if (p.softcap == 0.0f) return {p.scale_log2, 0.0f};
-  return {p.softmax_scale / p.softcap, p.softcap * log2e};
-}
-
-/// Raw scores -> P in place. With Softcap the scores become tanh values and P goes to `p`, which
-/// otherwise is `s` itself.
-template <bool Softcap, int Registers>
-__device__ __forceinline__ void probabilities(float (&s)[Registers], float (&p)[Registers],
-                                              const ScoreScale& scale, const float* lse2,
-                                              int quad) {
+/// Raw scores -> P, in place.
+template <int Registers>
+__device__ __forceinline__ void probabilities(float (&s)[Registers], const BackwardArguments& args,
+                                              const float* lse2, int quad) {
 #pragma unroll
   for (int j = 0; j < Registers / 4; ++j) {
     const float2 lse = load_columns(lse2, j, quad);
 #pragma unroll
     for (int i = 4 * j; i < 4 * j + 4; ++i) {
-      const float shift = i % 2 == 0 ? lse.x : lse.y;
-      if constexpr (Softcap) {
-        s[i] = tanh_accurate(s[i] * scale.scale);
-        p[i] = ptx::exp2_approx(fmaf(s[i], scale.cap, -shift));
-      } else {
-        p[i] = ptx::exp2_approx(fmaf(s[i], scale.scale, -shift));
-      }
+      s[i] = ptx::exp2_approx(fmaf(s[i], args.score_scale, i % 2 == 0 ? -lse.x : -lse.y));
+    }
+  }
+}
+
+/// The same with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS
+/// is proportional to.
+template <class T, int Blocks>
+__device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks],
+                                                     std::uint32_t (&p)[Blocks][4],
+                                                     std::uint32_t (&w)[Blocks][4],
+                                                     const BackwardArguments& args,
+                                                     const float* lse2, int quad) {
+#pragma unroll
+  for (int j = 0; j < 2 * Blocks; ++j) {
+    const float2 lse = load_columns(lse2, j, quad);
+    float weight[4], gradient[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float t = tanh_accurate(s[4 * j + i] * args.score_scale);
+      weight[i] = ptx::exp2_approx(fmaf(t, args.score_cap, i % 2 == 0 ? -lse.x : -lse.y));
+      gradient[i] = weight[i] * fmaf(-t, t, 1.0f);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = 2 * (j % 2) + half;
+      p[j / 2][r] = ptx::pack<T>(weight[2 * half], weight[2 * half + 1]);
+      w[j / 2][r] = ptx::pack<T>(gradient[2 * half], gradient[2 * half + 1]);
     }
   }
 }
@@ -75,11 +82,16 @@ __device__ __forceinline__ std::uint32_t visible_columns(const RowInterval* keys
   return bits;
 }
 
-/// Zeros the other registers. A select, not a product: what it replaces may be NaN.
-template <int Registers>
-__device__ __forceinline__ void keep_visible(float (&x)[Registers], std::uint32_t visible) {
+/// Zeros the other elements of a packed operand; bitwise, because what it replaces may be NaN.
+template <int Blocks>
+__device__ __forceinline__ void keep_visible(std::uint32_t (&a)[Blocks][4],
+                                             std::uint32_t visible) {
 #pragma unroll
-  for (int i = 0; i < Registers; ++i) x[i] = visible >> i & 1 ? x[i] : 0.0f;
+  for (int i = 0; i < 4 * Blocks; ++i) {
+    const std::uint32_t low = visible >> (2 * i) & 1 ? 0x0000ffffu : 0;
+    const std::uint32_t high = visible >> (2 * i + 1) & 1 ? 0xffff0000u : 0;
+    a[i / 4][i % 4] &= low | high;
+  }
 }
 
 /// dP -> dS in place, from P (fp32).
@@ -120,14 +132,6 @@ __device__ __forceinline__ void score_gradients(float (&dp)[8 * Blocks],
       dp[4 * j + 2 * half + 1] = weight.y * (dp[4 * j + 2 * half + 1] - d.y);
     }
   }
-}
-
-/// The derivative of the cap: dS *= 1 - (t / c)^2.
-template <int Registers>
-__device__ __forceinline__ void softcap_gradients(float (&ds)[Registers],
-                                                  const float (&tanhs)[Registers]) {
-#pragma unroll
-  for (int i = 0; i < Registers; ++i) ds[i] *= fmaf(-tanhs[i], tanhs[i], 1.0f);
 }
 
 /// An accumulator as register operand A: k16 blocks of four registers.

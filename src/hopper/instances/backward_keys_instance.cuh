@@ -22,7 +22,7 @@ Status launch_key_pass(const BackwardArguments& p, unsigned grid, cudaStream_t s
 template <int D, int DV>
 Status launch_key_pass(const BackwardArguments& p, DType dtype, unsigned grid,
                        cudaStream_t stream) {
-  const bool softcap = p.softcap != 0.0f;
+  const bool softcap = p.score_cap != 0.0f;
   if (dtype == DType::bfloat16) {
     return softcap ? launch_key_pass<KeyPass<__nv_bfloat16, D, DV, true>>(p, grid, stream)
                    : launch_key_pass<KeyPass<__nv_bfloat16, D, DV, false>>(p, grid, stream);

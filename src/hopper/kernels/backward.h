@@ -29,8 +29,10 @@ struct BackwardArguments {
   std::int64_t rows_q, rows_k;      ///< rows of the tensors: bounds of the tensor maps
   std::int64_t statistic_rows;      ///< PrepareLayout::rows
   std::int64_t partial_stride;      ///< rows of one split's partial gradients, times hk
-  float softmax_scale, scale_log2;  ///< scale_log2: softmax_scale * log2(e)
-  float softcap;                    ///< 0: none
+  float softmax_scale;
+  /// The exponent of a raw score S in units of log2: S * score_scale, with softcap
+  /// tanh(S * score_scale) * score_cap. score_cap is 0 without softcap.
+  float score_scale, score_cap;
   int heads_q, heads_kv, group;
   int splits, heads_per_split;  ///< query heads of a group that one block of the key pass handles
   int head_dim, head_dim_v;

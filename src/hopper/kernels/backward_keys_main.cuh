@@ -74,6 +74,15 @@ struct KeyPassMain {
         dp, value_operand, Smem::value, Smem::dout + stage * C::DoutTile::bytes);
   }
 
+  /// dP^T once dO is there.
+  __device__ __forceinline__ void issue_dout(float (&dp)[score_registers], int stage,
+                                             std::uint32_t phase) const {
+    ptx::mbarrier_wait(barriers.dout_full + stage, phase);
+    ptx::wgmma_fence();
+    multiply_dout(dp, stage);
+    ptx::wgmma_commit();
+  }
+
   /// x += A B with A in registers and B the query tile at `offset`: dV from P and dO, dK from dS
   /// and Q.
   template <class QueryTile>
@@ -120,11 +129,14 @@ struct KeyPassMain {
     return reinterpret_cast<const float*>(smem + Smem::softmax_d) + stage * C::queries;
   }
 
-  /// Bits of the visible registers of a tile.
-  __device__ __forceinline__ std::uint32_t visible(int tile) const {
+  /// Zeros P and dS where a query of the tile does not see a key.
+  __device__ __forceinline__ void mask(std::uint32_t (&pa)[query_blocks][4],
+                                       std::uint32_t (&dsa)[query_blocks][4], int tile) const {
     const auto* all = reinterpret_cast<const RowInterval*>(smem + Smem::intervals);
-    return visible_columns<score_registers>(
+    const std::uint32_t visible = visible_columns<score_registers>(
         all + group * C::warpgroup_keys + warp * 16 + lane / 4, tile * C::queries, quad);
+    keep_visible(pa, visible);
+    keep_visible(dsa, visible);
   }
 
   __device__ __forceinline__ const BlockFacts& facts() const {
@@ -158,26 +170,20 @@ struct KeyPassMain {
   /// Tile i with S of tile i + 1 issued before dV and dK of tile i, so that its exponentials run
   /// under them. On entry S of this tile is complete; dV and dK of the last one are in flight.
   __device__ __forceinline__ void step_ahead(float (&s)[score_registers], float (&dk)[C::d / 2],
-                                             float (&dv)[C::dv / 2], Position& at, int i,
-                                             const ScoreScale& scale) const {
+                                             float (&dv)[C::dv / 2], Position& at, int i) const {
     float dp[score_registers];
     std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
     const int stage = at.ring.slot;
     const int tile = at.tile;
     const bool masked = !facts().covers_tile(group, tile);
-    const std::uint32_t bits = masked ? visible(tile) : 0xffffffffu;
-    ptx::mbarrier_wait(barriers.dout_full + stage, at.ring.phase);
-    ptx::wgmma_fence();
-    multiply_dout(dp, stage);
-    ptx::wgmma_commit();
-    probabilities<false>(s, s, scale, lse2(stage), quad);
-    if (masked) keep_visible(s, bits);
+    issue_dout(dp, stage, at.ring.phase);
+    probabilities(s, p, lse2(stage), quad);
     ptx::wgmma_wait<0>();  // dP, and dV, dK of the previous tile
     if (i > 0) release(at.previous_stage);
     pack_operand<T>(pa, s);
     score_gradients(dp, s, softmax_d(stage), quad);
-    if (masked) keep_visible(dp, bits);
     pack_operand<T>(dsa, dp);
+    if (masked) mask(pa, dsa, tile);
     if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
     advance(at);
     // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
@@ -193,7 +199,6 @@ struct KeyPassMain {
 
   __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
     float s[score_registers];
-    const ScoreScale scale = score_scale(p);
     const int iterations = facts().iterations;
     Position at{facts().first_tile};
     ptx::mbarrier_wait(barriers.query_full, 0);
@@ -201,60 +206,58 @@ struct KeyPassMain {
     multiply_scores(s, 0);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    for (int i = 0; i < iterations; ++i) step_ahead(s, dk, dv, at, i, scale);
+    int i = 0;
+    do {
+      step_ahead(s, dk, dv, at, i);
+    } while (++i < iterations);
     ptx::wgmma_wait<0>();
   }
 
-  /// P of a tile, rounded and packed as operand. With softcap s holds the tanh values afterwards.
+  /// P of a tile, rounded and packed as operand, and packed what dS is proportional to: P itself,
+  /// with softcap P times the derivative of the cap.
   __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
-                                          float (&s)[score_registers], int stage, bool masked,
-                                          std::uint32_t bits, const ScoreScale& scale) const {
+                                          std::uint32_t (&wa)[query_blocks][4],
+                                          float (&s)[score_registers], int stage) const {
     if constexpr (C::softcap) {
-      float w[score_registers];
-      probabilities<true>(s, w, scale, lse2(stage), quad);
-      if (masked) keep_visible(w, bits);
-      pack_operand<T>(pa, w);
+      capped_probabilities<T>(s, pa, wa, p, lse2(stage), quad);
     } else {
-      probabilities<false>(s, s, scale, lse2(stage), quad);
-      if (masked) keep_visible(s, bits);
+      probabilities(s, p, lse2(stage), quad);
       pack_operand<T>(pa, s);
     }
   }
 
-  /// One tile after the other; dV and dK of tile i run until S of tile i + 1 is there.
+  /// One tile after the other; the other main warpgroup fills the gaps.
   __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
                                                float (&dv)[C::dv / 2]) const {
-    float s[score_registers], dp[score_registers];
-    std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
-    const ScoreScale scale = score_scale(p);
     const int iterations = facts().iterations;
     Position at{facts().first_tile};
-    for (int i = 0; i < iterations; ++i) {
+    int i = 0;
+    do {
+      float s[score_registers], dp[score_registers];
+      std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
       const int stage = at.ring.slot;
       const bool masked = !facts().covers_tile(group, at.tile);
-      const std::uint32_t bits = masked ? visible(at.tile) : 0xffffffffu;
       ptx::mbarrier_wait(barriers.query_full + stage, at.ring.phase);
       ptx::wgmma_fence();
       multiply_scores(s, stage);
       ptx::wgmma_commit();
-      ptx::mbarrier_wait(barriers.dout_full + stage, at.ring.phase);
-      ptx::wgmma_fence();
-      multiply_dout(dp, stage);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();  // S, and dV, dK of the previous tile
-      if (i > 0) release(at.previous_stage);
-      weights(pa, s, stage, masked, bits, scale);
+      // With softcap the exponentials need the registers of dP.
+      if constexpr (!C::softcap) issue_dout(dp, stage, at.ring.phase);
+      ptx::wgmma_wait<C::softcap ? 0 : 1>();  // S
+      weights(pa, wa, s, stage);
+      if constexpr (C::softcap) issue_dout(dp, stage, at.ring.phase);
       ptx::wgmma_wait<0>();  // dP
-      score_gradients<T>(dp, pa, softmax_d(stage), quad);
-      if constexpr (C::softcap) softcap_gradients(dp, s);
-      if (masked) keep_visible(dp, bits);
+      score_gradients<T>(dp, C::softcap ? wa : pa, softmax_d(stage), quad);
       pack_operand<T>(dsa, dp);
+      if (masked) mask(pa, dsa, at.tile);
       if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
       ptx::wgmma_fence();
       add_key_gradients(dk, dv, pa, dsa, stage);
+      // Their operands are the registers that S and dP of the next tile need.
+      ptx::wgmma_wait<0>();
+      release(stage);
       advance(at);
-    }
-    ptx::wgmma_wait<0>();
+    } while (++i < iterations);
   }
 
   /// A gradient of this warpgroup's keys to its rows, or to the partial sums where the query heads
@@ -294,23 +297,50 @@ struct KeyPassMain {
     }
   }
 
+  /// The same for keys that no query sees.
+  __device__ __forceinline__ void store_zeros(const KeyPassPlace& at, int padded,
+                                              const HeadsTensor& tensor, int columns,
+                                              float* partial) const {
+    if (tensor.data == nullptr) return;
+    const SequenceInfo keys = resolve_sequence(p.side_k, at.b);
+    const int batch = p.packed_k ? 0 : at.b;
+    const int key = at.first_key + static_cast<int>(threadIdx.x) - C::first_main_group * 128;
+    static_assert(C::keys <= 256);
+    if (key >= at.first_key + C::keys || key >= keys.length) return;
+    const std::int64_t row = keys.first_row + key;
+    const std::int64_t index =
+        (batch * p.rows_k + row) * p.heads_kv + at.kv_head + at.split * p.partial_stride;
+    T* to = static_cast<T*>(tensor.data) + tensor.offset(batch, row, at.kv_head);
+    for (int column = 0; column < columns; column += 4) {
+      if (partial != nullptr) {
+        *reinterpret_cast<float4*>(partial + index * padded + column) = make_float4(0, 0, 0, 0);
+      } else {
+        *reinterpret_cast<uint2*>(to + column) = make_uint2(0, 0);
+      }
+    }
+  }
+
   __device__ __forceinline__ void run() {
+    if (facts().iterations == 0) {
+      const KeyPassPlace at(p, blockIdx.x, C::keys);
+      store_zeros(at, C::dv, p.dv, p.head_dim_v, p.dv_partial);
+      store_zeros(at, C::d, p.dk, p.head_dim, p.dk_partial);
+      return;
+    }
+    ptx::mbarrier_wait(barriers.keys_full, 0);
     float dk[C::d / 2], dv[C::dv / 2];
 #pragma unroll
     for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
-    if (facts().iterations > 0) {
-      ptx::mbarrier_wait(barriers.keys_full, 0);
-      if constexpr (C::keys_in_registers) {
-        load_operand<typename C::KeyTile>(key_operand, Smem::key);
-        load_operand<typename C::ValueTile>(value_operand, Smem::value);
-      }
-      if constexpr (C::scores_ahead) {
-        run_ahead(dk, dv);
-      } else {
-        run_in_order(dk, dv);
-      }
+    if constexpr (C::keys_in_registers) {
+      load_operand<typename C::KeyTile>(key_operand, Smem::key);
+      load_operand<typename C::ValueTile>(value_operand, Smem::value);
+    }
+    if constexpr (C::scores_ahead) {
+      run_ahead(dk, dv);
+    } else {
+      run_in_order(dk, dv);
     }
     // Where the block lies is computed again: the loop has no registers to keep it.
     const KeyPassPlace at(p, opaque(blockIdx.x), C::keys);
