@@ -40,4 +40,56 @@ struct KeyPassTuning<128, 128> {
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
+/// The key pass for large head dims: 64 keys per block, shared by two main warpgroups.
+template <int D, int DV>
+struct WideKeyPassTuning;
+
+template <>
+struct WideKeyPassTuning<192, 128> {
+  static constexpr int stages = 3, slots = 3, dq_columns = 64;
+  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
+};
+
+template <>
+struct WideKeyPassTuning<256, 256> {
+  static constexpr int stages = 2, slots = 2, dq_columns = 64;
+  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
+};
+
+/// The query pass: 128 query rows per block, 64 in each of two main warpgroups.
+/// keys: rows of a key tile. stages: key tiles in flight. overlap: dQ of one tile runs behind S and
+/// dP of the next.
+template <int D, int DV>
+struct QueryPassTuning;
+
+template <>
+struct QueryPassTuning<64, 64> {
+  static constexpr int keys = 64, stages = 6;
+  static constexpr bool overlap = true;
+};
+
+template <>
+struct QueryPassTuning<96, 96> {
+  static constexpr int keys = 64, stages = 4;
+  static constexpr bool overlap = true;
+};
+
+template <>
+struct QueryPassTuning<128, 128> {
+  static constexpr int keys = 64, stages = 4;
+  static constexpr bool overlap = true;
+};
+
+template <>
+struct QueryPassTuning<192, 128> {
+  static constexpr int keys = 64, stages = 3;
+  static constexpr bool overlap = true;
+};
+
+template <>
+struct QueryPassTuning<256, 256> {
+  static constexpr int keys = 48, stages = 2;
+  static constexpr bool overlap = false;
+};
+
 }  // namespace sinkattn::hopper

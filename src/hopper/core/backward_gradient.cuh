@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// From scores to P and dS in a transposed fragment: rows are keys, columns are query rows. A thread
-// owns two keys (rows g and g + 8 of its warp's 16) and, in each group of 8 columns, two queries.
+// From scores to P and dS in an accumulator fragment. A thread owns two rows (g and g + 8 of its
+// warp's 16) and, in each group of 8 columns, two columns. In the key pass rows are keys and columns
+// are queries, in the query pass the other way round.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +11,24 @@
 
 namespace sinkattn::hopper {
 
-/// Statistics of a query tile in shared memory, read as the two columns of a thread.
-__device__ inline float2 load_columns(const float* statistics, int group, int quad) {
-  return reinterpret_cast<const float2*>(statistics)[4 * group + quad];
-}
+/// A statistic (LSE2 or D') of the queries of a fragment: the values for registers 4 j to 4 j + 3.
+/// Where queries are columns they lie in shared memory.
+struct ColumnStatistics {
+  const float* values;
+  int quad;
+
+  __device__ float4 at(int j) const {
+    const float2 x = reinterpret_cast<const float2*>(values)[4 * j + quad];
+    return {x.x, x.y, x.x, x.y};
+  }
+};
+
+/// Where queries are rows a thread has two of them.
+struct RowStatistics {
+  float low, high;
+
+  __device__ float4 at(int) const { return {low, low, high, high}; }
+};
 
 /// tanh by ex2 and rcp: absolute error of a few 1e-7, also near 0, where the cap is the identity.
 __device__ inline float tanh_accurate(float x) {
@@ -23,35 +38,36 @@ __device__ inline float tanh_accurate(float x) {
 }
 
 /// Raw scores -> P, in place.
-template <int Registers>
+template <class Statistics, int Registers>
 __device__ __forceinline__ void probabilities(float (&s)[Registers], const BackwardArguments& args,
-                                              const float* lse2, int quad) {
+                                              const Statistics& lse2) {
 #pragma unroll
   for (int j = 0; j < Registers / 4; ++j) {
-    const float2 lse = load_columns(lse2, j, quad);
-#pragma unroll
-    for (int i = 4 * j; i < 4 * j + 4; ++i) {
-      s[i] = ptx::exp2_approx(fmaf(s[i], args.score_scale, i % 2 == 0 ? -lse.x : -lse.y));
-    }
+    const float4 lse = lse2.at(j);
+    s[4 * j] = ptx::exp2_approx(fmaf(s[4 * j], args.score_scale, -lse.x));
+    s[4 * j + 1] = ptx::exp2_approx(fmaf(s[4 * j + 1], args.score_scale, -lse.y));
+    s[4 * j + 2] = ptx::exp2_approx(fmaf(s[4 * j + 2], args.score_scale, -lse.z));
+    s[4 * j + 3] = ptx::exp2_approx(fmaf(s[4 * j + 3], args.score_scale, -lse.w));
   }
 }
 
 /// The same with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS
 /// is proportional to.
-template <class T, int Blocks>
+template <class T, class Statistics, int Blocks>
 __device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks],
                                                      std::uint32_t (&p)[Blocks][4],
                                                      std::uint32_t (&w)[Blocks][4],
                                                      const BackwardArguments& args,
-                                                     const float* lse2, int quad) {
+                                                     const Statistics& lse2) {
 #pragma unroll
   for (int j = 0; j < 2 * Blocks; ++j) {
-    const float2 lse = load_columns(lse2, j, quad);
+    const float4 lse = lse2.at(j);
+    const float shift[4] = {lse.x, lse.y, lse.z, lse.w};
     float weight[4], gradient[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float t = tanh_accurate(s[4 * j + i] * args.score_scale);
-      weight[i] = ptx::exp2_approx(fmaf(t, args.score_cap, i % 2 == 0 ? -lse.x : -lse.y));
+      weight[i] = ptx::exp2_approx(fmaf(t, args.score_cap, -shift[i]));
       gradient[i] = weight[i] * fmaf(-t, t, 1.0f);
     }
 #pragma unroll
@@ -63,20 +79,19 @@ __device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks
   }
 }
 
-/// Which registers of a fragment a thread's two keys show to the queries of a tile that starts at
-/// `row`: bit i for register i.
+/// Which registers of a fragment are visible, bit i for register i: columns start at `column`, and
+/// `rows` holds the intervals of visible columns of the warp's rows from this thread's first on.
 template <int Registers>
-__device__ __forceinline__ std::uint32_t visible_columns(const RowInterval* keys, int row,
-                                                         int quad) {
+__device__ __forceinline__ std::uint32_t visible_registers(const VisibleInterval* rows, int column,
+                                                           int quad) {
   static_assert(Registers <= 32);
   std::uint32_t bits = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const RowInterval interval = keys[8 * half];
+    const VisibleInterval interval = rows[8 * half];
 #pragma unroll
     for (int i = 2 * half; i < Registers; i += i % 2 == 0 ? 1 : 3) {
-      const int column = row + 8 * (i / 4) + 2 * quad + i % 2;
-      bits |= interval.contains(column) ? 1u << i : 0u;
+      bits |= interval.contains(column + 8 * (i / 4) + 2 * quad + i % 2) ? 1u << i : 0u;
     }
   }
   return bits;
@@ -95,14 +110,16 @@ __device__ __forceinline__ void keep_visible(std::uint32_t (&a)[Blocks][4],
 }
 
 /// dP -> dS in place, from P (fp32).
-template <int Registers>
+template <class Statistics, int Registers>
 __device__ __forceinline__ void score_gradients(float (&dp)[Registers], const float (&p)[Registers],
-                                                const float* softmax_d, int quad) {
+                                                const Statistics& softmax_d) {
 #pragma unroll
   for (int j = 0; j < Registers / 4; ++j) {
-    const float2 d = load_columns(softmax_d, j, quad);
-#pragma unroll
-    for (int i = 4 * j; i < 4 * j + 4; ++i) dp[i] = p[i] * (dp[i] - (i % 2 == 0 ? d.x : d.y));
+    const float4 d = softmax_d.at(j);
+    dp[4 * j] = p[4 * j] * (dp[4 * j] - d.x);
+    dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - d.y);
+    dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - d.z);
+    dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - d.w);
   }
 }
 
@@ -118,19 +135,19 @@ __device__ inline float2 unpack<__half>(std::uint32_t pair) {
 }
 
 /// The same from P already rounded to T, packed as a register operand.
-template <class T, int Blocks>
+template <class T, class Statistics, int Blocks>
 __device__ __forceinline__ void score_gradients(float (&dp)[8 * Blocks],
                                                 const std::uint32_t (&p)[Blocks][4],
-                                                const float* softmax_d, int quad) {
+                                                const Statistics& softmax_d) {
 #pragma unroll
   for (int j = 0; j < 2 * Blocks; ++j) {
-    const float2 d = load_columns(softmax_d, j, quad);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 weight = unpack<T>(p[j / 2][2 * (j % 2) + half]);
-      dp[4 * j + 2 * half] = weight.x * (dp[4 * j + 2 * half] - d.x);
-      dp[4 * j + 2 * half + 1] = weight.y * (dp[4 * j + 2 * half + 1] - d.y);
-    }
+    const float4 d = softmax_d.at(j);
+    const float2 low = unpack<T>(p[j / 2][2 * (j % 2)]);
+    const float2 high = unpack<T>(p[j / 2][2 * (j % 2) + 1]);
+    dp[4 * j] = low.x * (dp[4 * j] - d.x);
+    dp[4 * j + 1] = low.y * (dp[4 * j + 1] - d.y);
+    dp[4 * j + 2] = high.x * (dp[4 * j + 2] - d.z);
+    dp[4 * j + 3] = high.y * (dp[4 * j + 3] - d.w);
   }
 }
 

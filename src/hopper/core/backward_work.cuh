@@ -47,18 +47,25 @@ struct SequencePair {
   }
 };
 
-/// Query rows that see one key: [begin, begin + size).
-struct RowInterval {
+/// Query rows that see one key, or keys that one row sees: [begin, begin + size).
+struct VisibleInterval {
   int begin;
   unsigned size;
 
-  __device__ bool contains(int row) const { return static_cast<unsigned>(row - begin) < size; }
+  __device__ bool contains(int i) const { return static_cast<unsigned>(i - begin) < size; }
 };
 
-__device__ inline RowInterval queries_of_key(const Mask& mask, std::int64_t key, std::int64_t sq,
+__device__ inline VisibleInterval queries_of_key(const Mask& mask, std::int64_t key, std::int64_t sq,
                                              std::int64_t sk) {
   const Range rows = visible_queries(mask, key, sq, sk);
   return {static_cast<int>(rows.begin), static_cast<unsigned>(rows.size())};
+}
+
+__device__ inline VisibleInterval keys_of_query(const Mask& mask, std::int64_t row,
+                                                std::int64_t sq, std::int64_t sk) {
+  if (row >= sq) return {0, 0};
+  const Range keys = visible_keys(mask, row, sq, sk);
+  return {static_cast<int>(keys.begin), static_cast<unsigned>(keys.size())};
 }
 
 /// Query tiles that keys [first, end) of a sequence meet: tiles [begin, end).

@@ -8,24 +8,30 @@
 // and put dS into a ring of shared-memory tiles. A third warpgroup turns them into dQ = dS K and
 // adds that to the fp32 accumulator in L2. Nothing synchronises the block as a whole: the two main
 // warpgroups drift apart until one's exponentials run under the other's matrix products.
+//
+// Here: shared memory, barriers, and the roles that copy and that form dQ. The main warpgroups are
+// in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
 #pragma once
 
 #include "hopper/backward_tuning.h"
 #include "hopper/core/backward_gradient.cuh"
+#include "hopper/core/backward_load.cuh"
 #include "hopper/core/backward_work.cuh"
 #include "hopper/core/tile.cuh"
 #include "hopper/ptx/matrix.cuh"
 #include "hopper/ptx/mbarrier.cuh"
 #include "hopper/ptx/sync.cuh"
-#include "hopper/ptx/tma.cuh"
 #include "hopper/ptx/wgmma.cuh"
 
 namespace sinkattn::hopper {
 
-template <class T_, int D_, int DV_, bool Softcap_>
+template <class C>
+struct KeyPassMain;
+
+template <class T_, int D_, int DV_, bool Softcap_, class Tuning_ = KeyPassTuning<D_, DV_>>
 struct KeyPass {
   using T = T_;
-  using Tuning = KeyPassTuning<D_, DV_>;
+  using Tuning = Tuning_;
   static constexpr int d = D_, dv = DV_;
   static constexpr bool softcap = Softcap_;
   static constexpr int queries = backward_tile_queries, keys = 128, warpgroup_keys = 64;
@@ -40,7 +46,14 @@ struct KeyPass {
   using ValueTile = Tile<keys, dv>;
   using QueryTile = Tile<queries, d>;
   using DoutTile = Tile<queries, dv>;
-  using ScoreTile = Tile<queries, keys>;  ///< dS: a slab of 64 keys per main warpgroup
+  using ScoreTile = Tile<queries, keys>;  ///< dS as [query][key], a slab per main warpgroup
+  static constexpr ptx::Major score_major = ptx::Major::k;  ///< dS as operand A of dQ
+  static constexpr int probability_bytes = 0;               ///< P in shared memory, per slot
+  template <class C>
+  using Main = KeyPassMain<C>;
+
+  /// First key, in the block's tile, of a main warpgroup.
+  __host__ __device__ static constexpr int group_key(int group) { return group * warpgroup_keys; }
 };
 
 /// Shared memory of a block.
@@ -51,7 +64,8 @@ struct KeyPassSmem {
   static constexpr int query = value + C::ValueTile::bytes;
   static constexpr int dout = query + C::stages * C::QueryTile::bytes;
   static constexpr int score = dout + C::stages * C::DoutTile::bytes;
-  static constexpr int lse2 = score + C::slots * C::ScoreTile::bytes;
+  static constexpr int probability = score + C::slots * C::ScoreTile::bytes;
+  static constexpr int lse2 = probability + C::slots * C::probability_bytes;
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
@@ -161,63 +175,61 @@ struct QueryWalk {
 /// Issues the copies of a block; one lane.
 template <class C>
 struct KeyPassProducer {
+  using Smem = KeyPassSmem<C>;
   const BackwardArguments& p;
   const KeyPassWork& work;
   const KeyPassBarriers<C>& barriers;
   char* smem;
+  TileSource query, dout;
   QueryWalk walk;
   RingPosition<C::stages> ring;
 
   __device__ KeyPassProducer(const BackwardArguments& p_, const KeyPassWork& work_,
                              const KeyPassBarriers<C>& barriers_, char* smem_)
-      : p(p_), work(work_), barriers(barriers_), smem(smem_), walk(work_) {}
-
-  template <class Tile>
-  __device__ void load(int offset, const CUtensorMap* map, std::uint64_t* barrier,
-                       std::int64_t rows, const SequenceInfo& side, int row, int head,
-                       int batch) const {
-    const std::uint32_t destination = ptx::shared_address(smem + offset);
-#pragma unroll
-    for (int slab = 0; slab < Tile::slabs; ++slab) {
-      ptx::tma_load(destination + slab * Tile::slab_bytes, map, barrier,
-                    {slab * slab_columns, static_cast<std::int32_t>(rows - side.length) + row,
-                     static_cast<std::int32_t>(side.first_row + side.length), head, batch});
-    }
-  }
+      : p(p_),
+        work(work_),
+        barriers(barriers_),
+        smem(smem_),
+        query(&p_.query, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
+        dout(&p_.dout, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
+        walk(work_) {}
 
   __device__ void load_keys() const {
-    const int batch = p.packed_k ? 0 : work.sequence.b;
+    const KeyPassPlace& place = work.place;
+    const int batch = p.packed_k ? 0 : place.b;
+    const std::uint32_t base = ptx::shared_address(smem);
     ptx::mbarrier_arrive_expect_tx(barriers.keys_full, C::KeyTile::bytes + C::ValueTile::bytes);
-    load<typename C::KeyTile>(KeyPassSmem<C>::key, &p.key, barriers.keys_full, p.rows_k,
-                              work.sequence.keys, work.place.first_key, work.place.kv_head, batch);
-    load<typename C::ValueTile>(KeyPassSmem<C>::value, &p.value, barriers.keys_full, p.rows_k,
-                                work.sequence.keys, work.place.first_key, work.place.kv_head, batch);
+    TileSource(&p.key, p.rows_k, work.sequence.keys, batch)
+        .template load<typename C::KeyTile, C::keys>(base + Smem::key, barriers.keys_full,
+                                                     place.first_key, place.kv_head);
+    TileSource(&p.value, p.rows_k, work.sequence.keys, batch)
+        .template load<typename C::ValueTile, C::keys>(base + Smem::value, barriers.keys_full,
+                                                       place.first_key, place.kv_head);
   }
 
   /// The next query tile, once the main warpgroups have left its stage.
   __device__ void load_tile() {
-    using Smem = KeyPassSmem<C>;
-    const int batch = p.packed_q ? 0 : work.sequence.b;
+    const std::uint32_t base = ptx::shared_address(smem);
     const int row = walk.tile * C::queries;
     const int stage = ring.slot;
     const std::int64_t statistics = work.sequence.statistics(p, walk.head) + row;
     constexpr int statistic_bytes = C::queries * 4;
-    ptx::mbarrier_wait(barriers.stage_empty + stage, ring.phase ^ 1);
+    ptx::mbarrier_wait(barriers.stage_empty + stage, ring.phase ^ 1);  // <- release()
     std::uint64_t* full = barriers.query_full + stage;
     ptx::mbarrier_arrive_expect_tx(full, C::QueryTile::bytes + statistic_bytes);
-    load<typename C::QueryTile>(Smem::query + stage * C::QueryTile::bytes, &p.query, full, p.rows_q,
-                                work.sequence.queries, row, walk.head, batch);
-    ptx::bulk_load(ptx::shared_address(smem + Smem::lse2 + stage * statistic_bytes),
-                   p.lse2 + statistics, statistic_bytes, full);
+    query.template load<typename C::QueryTile, C::queries>(
+        base + Smem::query + stage * C::QueryTile::bytes, full, row, walk.head);
+    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + statistics,
+                   statistic_bytes, full);
     full = barriers.dout_full + stage;
     ptx::mbarrier_arrive_expect_tx(full,
                                    (p.has_dout ? C::DoutTile::bytes : 0) + statistic_bytes);
     if (p.has_dout) {
-      load<typename C::DoutTile>(Smem::dout + stage * C::DoutTile::bytes, &p.dout, full, p.rows_q,
-                                 work.sequence.queries, row, walk.head, batch);
+      dout.template load<typename C::DoutTile, C::queries>(
+          base + Smem::dout + stage * C::DoutTile::bytes, full, row, walk.head);
     }
-    ptx::bulk_load(ptx::shared_address(smem + Smem::softmax_d + stage * statistic_bytes),
-                   p.softmax_d + statistics, statistic_bytes, full);
+    ptx::bulk_load(base + Smem::softmax_d + stage * statistic_bytes, p.softmax_d + statistics,
+                   statistic_bytes, full);
     walk.advance();
     ring.advance();
   }
@@ -230,8 +242,12 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
   using Smem = KeyPassSmem<C>;
   constexpr int columns = C::Tuning::dq_columns;
   const int thread = threadIdx.x % 128;
-  const std::uint64_t score = descriptor::k_major(
-      ptx::shared_address(smem + Smem::score + slot * C::ScoreTile::bytes));
+  const std::uint32_t address =
+      ptx::shared_address(smem + Smem::score + slot * C::ScoreTile::bytes);
+  constexpr bool by_query = C::score_major == ptx::Major::k;
+  const std::uint64_t score = by_query
+                                  ? descriptor::k_major(address)
+                                  : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
 #pragma unroll
   for (int piece = 0; piece < C::d / columns; ++piece) {
     constexpr int slab = C::KeyTile::slab_bytes;
@@ -242,9 +258,10 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::keys / 16; ++k) {
-      ptx::wgmma_ss<typename C::T, columns, ptx::Major::k, ptx::Major::mn>(
-          dq, score + descriptor::k_step<C::ScoreTile::slab_bytes>(k),
-          key + k * descriptor::mn_step, k != 0);
+      const std::uint64_t step =
+          by_query ? descriptor::k_step<C::ScoreTile::slab_bytes>(k) : k * descriptor::mn_step;
+      ptx::wgmma_ss<typename C::T, columns, C::score_major, ptx::Major::mn>(
+          dq, score + step, key + k * descriptor::mn_step, k != 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();

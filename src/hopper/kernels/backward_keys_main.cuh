@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The key pass: its main warpgroups, and the kernel.
+// The main warpgroups of the key pass: 64 keys each, all columns of dK and dV.
 #pragma once
 
 #include "hopper/kernels/backward_keys.cuh"
+#include "hopper/kernels/backward_keys_store.cuh"
 
 namespace sinkattn::hopper {
 
@@ -121,20 +122,20 @@ struct KeyPassMain {
     if (lane == 0) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
-  __device__ __forceinline__ const float* lse2(int stage) const {
-    return reinterpret_cast<const float*>(smem + Smem::lse2) + stage * C::queries;
+  __device__ __forceinline__ ColumnStatistics lse2(int stage) const {
+    return {reinterpret_cast<const float*>(smem + Smem::lse2) + stage * C::queries, quad};
   }
 
-  __device__ __forceinline__ const float* softmax_d(int stage) const {
-    return reinterpret_cast<const float*>(smem + Smem::softmax_d) + stage * C::queries;
+  __device__ __forceinline__ ColumnStatistics softmax_d(int stage) const {
+    return {reinterpret_cast<const float*>(smem + Smem::softmax_d) + stage * C::queries, quad};
   }
 
   /// Zeros P and dS where a query of the tile does not see a key.
   __device__ __forceinline__ void mask(std::uint32_t (&pa)[query_blocks][4],
                                        std::uint32_t (&dsa)[query_blocks][4], int tile) const {
-    const auto* all = reinterpret_cast<const RowInterval*>(smem + Smem::intervals);
-    const std::uint32_t visible = visible_columns<score_registers>(
-        all + group * C::warpgroup_keys + warp * 16 + lane / 4, tile * C::queries, quad);
+    const auto* all = reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals);
+    const std::uint32_t visible = visible_registers<score_registers>(
+        all + C::group_key(group) + warp * 16 + lane / 4, tile * C::queries, quad);
     keep_visible(pa, visible);
     keep_visible(dsa, visible);
   }
@@ -177,11 +178,11 @@ struct KeyPassMain {
     const int tile = at.tile;
     const bool masked = !facts().covers_tile(group, tile);
     issue_dout(dp, stage, at.ring.phase);
-    probabilities(s, p, lse2(stage), quad);
+    probabilities(s, p, lse2(stage));
     ptx::wgmma_wait<0>();  // dP, and dV, dK of the previous tile
     if (i > 0) release(at.previous_stage);
     pack_operand<T>(pa, s);
-    score_gradients(dp, s, softmax_d(stage), quad);
+    score_gradients(dp, s, softmax_d(stage));
     pack_operand<T>(dsa, dp);
     if (masked) mask(pa, dsa, tile);
     if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
@@ -219,9 +220,9 @@ struct KeyPassMain {
                                           std::uint32_t (&wa)[query_blocks][4],
                                           float (&s)[score_registers], int stage) const {
     if constexpr (C::softcap) {
-      capped_probabilities<T>(s, pa, wa, p, lse2(stage), quad);
+      capped_probabilities<T>(s, pa, wa, p, lse2(stage));
     } else {
-      probabilities(s, p, lse2(stage), quad);
+      probabilities(s, p, lse2(stage));
       pack_operand<T>(pa, s);
     }
   }
@@ -247,7 +248,7 @@ struct KeyPassMain {
       weights(pa, wa, s, stage);
       if constexpr (C::softcap) issue_dout(dp, stage, at.ring.phase);
       ptx::wgmma_wait<0>();  // dP
-      score_gradients<T>(dp, C::softcap ? wa : pa, softmax_d(stage), quad);
+      score_gradients<T>(dp, C::softcap ? wa : pa, softmax_d(stage));
       pack_operand<T>(dsa, dp);
       if (masked) mask(pa, dsa, at.tile);
       if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
@@ -260,73 +261,8 @@ struct KeyPassMain {
     } while (++i < iterations);
   }
 
-  /// A gradient of this warpgroup's keys to its rows, or to the partial sums where the query heads
-  /// of the group are split.
-  template <int Registers>
-  __device__ __forceinline__ void store(const KeyPassPlace& at, const float (&x)[Registers],
-                                        float scale, const HeadsTensor& tensor, int columns,
-                                        float* partial) const {
-    if (tensor.data == nullptr) return;
-    const SequenceInfo keys = resolve_sequence(p.side_k, at.b);
-    const int batch = p.packed_k ? 0 : at.b;
-    const int thread = static_cast<int>(opaque(threadIdx.x)) - C::first_main_group * 128;
-    const int column = 2 * (thread % 4);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = at.first_key + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
-      if (key >= keys.length) continue;
-      const std::int64_t row = keys.first_row + key;
-      if (partial != nullptr) {
-        const std::int64_t index =
-            (batch * p.rows_k + row) * p.heads_kv + at.kv_head + at.split * p.partial_stride;
-        float* to = partial + index * (2 * Registers) + column;
-#pragma unroll
-        for (int j = 0; j < Registers / 4; ++j) {
-          *reinterpret_cast<float2*>(to + 8 * j) =
-              make_float2(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]);
-        }
-        continue;
-      }
-      T* to = static_cast<T*>(tensor.data) + tensor.offset(batch, row, at.kv_head) + column;
-#pragma unroll
-      for (int j = 0; j < Registers / 4; ++j) {
-        if (8 * j >= columns) break;
-        *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
-            ptx::pack<T>(x[4 * j + 2 * half] * scale, x[4 * j + 2 * half + 1] * scale);
-      }
-    }
-  }
-
-  /// The same for keys that no query sees.
-  __device__ __forceinline__ void store_zeros(const KeyPassPlace& at, int padded,
-                                              const HeadsTensor& tensor, int columns,
-                                              float* partial) const {
-    if (tensor.data == nullptr) return;
-    const SequenceInfo keys = resolve_sequence(p.side_k, at.b);
-    const int batch = p.packed_k ? 0 : at.b;
-    const int key = at.first_key + static_cast<int>(threadIdx.x) - C::first_main_group * 128;
-    static_assert(C::keys <= 256);
-    if (key >= at.first_key + C::keys || key >= keys.length) return;
-    const std::int64_t row = keys.first_row + key;
-    const std::int64_t index =
-        (batch * p.rows_k + row) * p.heads_kv + at.kv_head + at.split * p.partial_stride;
-    T* to = static_cast<T*>(tensor.data) + tensor.offset(batch, row, at.kv_head);
-    for (int column = 0; column < columns; column += 4) {
-      if (partial != nullptr) {
-        *reinterpret_cast<float4*>(partial + index * padded + column) = make_float4(0, 0, 0, 0);
-      } else {
-        *reinterpret_cast<uint2*>(to + column) = make_uint2(0, 0);
-      }
-    }
-  }
-
   __device__ __forceinline__ void run() {
-    if (facts().iterations == 0) {
-      const KeyPassPlace at(p, blockIdx.x, C::keys);
-      store_zeros(at, C::dv, p.dv, p.head_dim_v, p.dv_partial);
-      store_zeros(at, C::d, p.dk, p.head_dim, p.dk_partial);
-      return;
-    }
+    if (facts().iterations == 0) return store_zero_gradients<C>(p);
     ptx::mbarrier_wait(barriers.keys_full, 0);
     float dk[C::d / 2], dv[C::dv / 2];
 #pragma unroll
@@ -343,70 +279,13 @@ struct KeyPassMain {
       run_in_order(dk, dv);
     }
     // Where the block lies is computed again: the loop has no registers to keep it.
-    const KeyPassPlace at(p, opaque(blockIdx.x), C::keys);
-    store(at, dv, 1.0f, p.dv, p.head_dim_v, p.dv_partial);
-    store(at, dk, p.softmax_scale, p.dk, p.head_dim, p.dk_partial);
+    const unsigned thread = opaque(threadIdx.x) % 128;
+    const int first = C::group_key(static_cast<int>(opaque(threadIdx.x)) / 128 -
+                                   C::first_main_group);
+    const KeyGradientStore<C> to(p, KeyPassPlace(p, opaque(blockIdx.x), C::keys), first, thread);
+    to.value_columns(dv, 0);
+    to.key_columns(dk, 0);
   }
 };
-
-/// The visible rows of the block's keys, for masked tiles; and zeros for dO where there is none.
-template <class C>
-__device__ __forceinline__ void prepare_block(const BackwardArguments& p, const KeyPassWork& work,
-                                              char* smem) {
-  using Smem = KeyPassSmem<C>;
-  if (threadIdx.x < C::keys) {
-    reinterpret_cast<RowInterval*>(smem + Smem::intervals)[threadIdx.x] =
-        queries_of_key(p.mask, work.place.first_key + static_cast<int>(threadIdx.x),
-                       work.sequence.queries.length, work.sequence.keys.length);
-  }
-  if (threadIdx.x == 0) {
-    auto* facts = reinterpret_cast<BlockFacts*>(smem + Smem::facts);
-    const SequencePair& sequence = work.sequence;
-    facts->first_tile = work.tiles.begin;
-    facts->end_tile = work.tiles.end;
-    facts->iterations = work.iterations;
-    facts->sq = static_cast<int>(sequence.queries.length);
-    for (int group = 0; group < 2; ++group) {
-      const int first = work.place.first_key + group * C::warpgroup_keys;
-      facts->full[group] = full_rows(p.mask, first, first + C::warpgroup_keys,
-                                     sequence.queries.length, sequence.keys.length);
-    }
-  }
-  if (p.has_dout) return;
-  auto* dout = reinterpret_cast<uint4*>(smem + Smem::dout);
-  for (int i = threadIdx.x; i < C::stages * C::DoutTile::bytes / 16; i += C::threads) {
-    dout[i] = make_uint4(0, 0, 0, 0);
-  }
-  ptx::fence_proxy_async_shared();
-}
-
-template <class C>
-__global__ void __launch_bounds__(C::threads, 1)
-    backward_keys_kernel(const __grid_constant__ BackwardArguments p) {
-  using Tuning = typename C::Tuning;
-  extern __shared__ char unaligned[];
-  char* smem = unaligned + (1024 - ptx::shared_address(unaligned) % 1024) % 1024;
-  const KeyPassWork work(p, KeyPassPlace(p, blockIdx.x, C::keys), C::keys);
-  if (work.place.first_key >= work.sequence.keys.length) return;
-  const KeyPassBarriers<C> barriers(smem);
-  if (threadIdx.x == 0) barriers.init();
-  prepare_block<C>(p, work, smem);
-  __syncthreads();
-  const int group = threadIdx.x / 128;
-  if (C::producer_group && group == 0) {
-    ptx::registers_decrease<C::producer_group ? Tuning::producer_registers : 24>();
-    if (threadIdx.x == 0 && work.iterations > 0) {
-      KeyPassProducer<C> producer(p, work, barriers, smem);
-      producer.load_keys();
-      for (int i = 0; i < work.iterations; ++i) producer.load_tile();
-    }
-  } else if (group == C::first_main_group - 1) {
-    ptx::registers_decrease<Tuning::dq_registers>();
-    if (work.iterations > 0) query_gradient_role<C>(p, work, barriers, smem);
-  } else {
-    ptx::registers_increase<Tuning::main_registers>();
-    KeyPassMain<C>(p, barriers, smem).run();
-  }
-}
 
 }  // namespace sinkattn::hopper
