@@ -10,33 +10,38 @@ namespace sinkattn::hopper {
 inline constexpr int backward_tile_queries = 64;
 
 /// The key pass: 128 keys per block, 64 in each of two main warpgroups.
-/// stages: query tiles (Q, dO and their statistics) in flight.
-/// slots: dS tiles between the main warpgroups and the warpgroup of dQ.
-/// keys_in_registers: K and V as register operands, which halves the shared-memory reads of S, dP.
+/// stages: query tiles (Q, dO and their statistics) in flight, and dS tiles between the main
+/// warpgroups and the warpgroup of dQ.
+/// key_in_registers, value_in_registers: K or V as register operand, which halves the shared-memory
+/// reads of S or dP.
 /// scores_ahead: S of the next tile is issued before dV and dK of this one.
 /// producer_group: a warpgroup of its own for copies; otherwise a lane of the dQ warpgroup copies.
 /// dq_columns: columns of dQ accumulated at a time.
+/// statistics_window: pairs of LSE2 or D' (of 8 per thread and tile) held in registers.
 template <int D, int DV>
 struct KeyPassTuning;
 
 template <>
 struct KeyPassTuning<64, 64> {
-  static constexpr int stages = 3, slots = 3, dq_columns = 64;
-  static constexpr bool keys_in_registers = false, scores_ahead = true, producer_group = true;
+  static constexpr int stages = 3, dq_columns = 64, statistics_window = 8;
+  static constexpr bool key_in_registers = false, value_in_registers = false;
+  static constexpr bool scores_ahead = true, producer_group = true;
   static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
 };
 
 template <>
 struct KeyPassTuning<96, 96> {
-  static constexpr int stages = 2, slots = 3, dq_columns = 32;
-  static constexpr bool keys_in_registers = false, scores_ahead = false, producer_group = false;
+  static constexpr int stages = 2, dq_columns = 32, statistics_window = 4;
+  static constexpr bool key_in_registers = false, value_in_registers = false;
+  static constexpr bool scores_ahead = false, producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
 template <>
 struct KeyPassTuning<128, 128> {
-  static constexpr int stages = 2, slots = 3, dq_columns = 32;
-  static constexpr bool keys_in_registers = false, scores_ahead = false, producer_group = false;
+  static constexpr int stages = 2, dq_columns = 32, statistics_window = 4;
+  static constexpr bool key_in_registers = false, value_in_registers = false;
+  static constexpr bool scores_ahead = false, producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
@@ -46,13 +51,13 @@ struct WideKeyPassTuning;
 
 template <>
 struct WideKeyPassTuning<192, 128> {
-  static constexpr int stages = 3, slots = 3, dq_columns = 64;
+  static constexpr int stages = 3, dq_columns = 64;
   static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
 };
 
 template <>
 struct WideKeyPassTuning<256, 256> {
-  static constexpr int stages = 2, slots = 2, dq_columns = 64;
+  static constexpr int stages = 2, dq_columns = 64;
   static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
 };
 

@@ -8,17 +8,30 @@
 
 #include "hopper/core/backward_work.cuh"
 #include "hopper/ptx/math.cuh"
+#include "hopper/ptx/matrix.cuh"
 
 namespace sinkattn::hopper {
 
-/// A statistic (LSE2 or D') of the queries of a fragment: the values for registers 4 j to 4 j + 3.
-/// Where queries are columns they lie in shared memory.
+/// A statistic (LSE2 or D') of the queries of a fragment: take(j) is the values for registers 4 j to
+/// 4 j + 3, j ascending. Where queries are columns they lie in shared memory; a thread loads the
+/// first `Window` of its groups ahead of the wait for what they are combined with, each other one
+/// when a register pair becomes free.
+template <int Groups, int Window>
 struct ColumnStatistics {
-  const float* values;
-  int quad;
+  std::uint32_t address;  ///< the tile's statistic, moved to this thread's first column
+  float2 values[Window];
 
-  __device__ float4 at(int j) const {
-    const float2 x = reinterpret_cast<const float2*>(values)[4 * j + quad];
+  __device__ __forceinline__ explicit ColumnStatistics(std::uint32_t address_)
+      : address(address_) {
+#pragma unroll
+    for (int j = 0; j < Window; ++j) values[j] = ptx::load_shared_float2(address + 32 * j);
+  }
+
+  __device__ __forceinline__ float4 take(int j) {
+    const float2 x = values[j % Window];
+    if (j + Window < Groups) {
+      values[j % Window] = ptx::load_shared_float2(address + 32 * (j + Window));
+    }
     return {x.x, x.y, x.x, x.y};
   }
 };
@@ -27,7 +40,7 @@ struct ColumnStatistics {
 struct RowStatistics {
   float low, high;
 
-  __device__ float4 at(int) const { return {low, low, high, high}; }
+  __device__ float4 take(int) const { return {low, low, high, high}; }
 };
 
 /// tanh by ex2 and rcp: absolute error of a few 1e-7, also near 0, where the cap is the identity.
@@ -40,10 +53,10 @@ __device__ inline float tanh_accurate(float x) {
 /// Raw scores -> P, in place.
 template <class Statistics, int Registers>
 __device__ __forceinline__ void probabilities(float (&s)[Registers], const BackwardArguments& args,
-                                              const Statistics& lse2) {
+                                              Statistics& lse2) {
 #pragma unroll
   for (int j = 0; j < Registers / 4; ++j) {
-    const float4 lse = lse2.at(j);
+    const float4 lse = lse2.take(j);
     s[4 * j] = ptx::exp2_approx(fmaf(s[4 * j], args.score_scale, -lse.x));
     s[4 * j + 1] = ptx::exp2_approx(fmaf(s[4 * j + 1], args.score_scale, -lse.y));
     s[4 * j + 2] = ptx::exp2_approx(fmaf(s[4 * j + 2], args.score_scale, -lse.z));
@@ -58,10 +71,10 @@ __device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks
                                                      std::uint32_t (&p)[Blocks][4],
                                                      std::uint32_t (&w)[Blocks][4],
                                                      const BackwardArguments& args,
-                                                     const Statistics& lse2) {
+                                                     Statistics& lse2) {
 #pragma unroll
   for (int j = 0; j < 2 * Blocks; ++j) {
-    const float4 lse = lse2.at(j);
+    const float4 lse = lse2.take(j);
     const float shift[4] = {lse.x, lse.y, lse.z, lse.w};
     float weight[4], gradient[4];
 #pragma unroll
@@ -112,10 +125,10 @@ __device__ __forceinline__ void keep_visible(std::uint32_t (&a)[Blocks][4],
 /// dP -> dS in place, from P (fp32).
 template <class Statistics, int Registers>
 __device__ __forceinline__ void score_gradients(float (&dp)[Registers], const float (&p)[Registers],
-                                                const Statistics& softmax_d) {
+                                                Statistics& softmax_d) {
 #pragma unroll
   for (int j = 0; j < Registers / 4; ++j) {
-    const float4 d = softmax_d.at(j);
+    const float4 d = softmax_d.take(j);
     dp[4 * j] = p[4 * j] * (dp[4 * j] - d.x);
     dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - d.y);
     dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - d.z);
@@ -138,10 +151,10 @@ __device__ inline float2 unpack<__half>(std::uint32_t pair) {
 template <class T, class Statistics, int Blocks>
 __device__ __forceinline__ void score_gradients(float (&dp)[8 * Blocks],
                                                 const std::uint32_t (&p)[Blocks][4],
-                                                const Statistics& softmax_d) {
+                                                Statistics& softmax_d) {
 #pragma unroll
   for (int j = 0; j < 2 * Blocks; ++j) {
-    const float4 d = softmax_d.at(j);
+    const float4 d = softmax_d.take(j);
     const float2 low = unpack<T>(p[j / 2][2 * (j % 2)]);
     const float2 high = unpack<T>(p[j / 2][2 * (j % 2) + 1]);
     dp[4 * j] = low.x * (dp[4 * j] - d.x);

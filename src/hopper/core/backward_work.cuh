@@ -84,22 +84,16 @@ __device__ inline TileRange query_tiles(const Mask& mask, std::int64_t first, st
           static_cast<int>((high + backward_tile_queries - 1) / backward_tile_queries)};
 }
 
-/// Rows that see every one of keys [first, end): a tile inside needs no mask. Rows past the
-/// sequence need none either: their P is 0.
-struct FullRows {
-  int begin, end;
-
-  __device__ bool covers_tile(int tile, int sq) const {
-    const int row = tile * backward_tile_queries;
-    return row >= begin && min(row + backward_tile_queries, sq) <= end;
-  }
-};
-
-__device__ inline FullRows full_rows(const Mask& mask, std::int64_t first, std::int64_t end,
-                                     std::int64_t sq, std::int64_t sk) {
-  if (end > sk) return {0x7fffffff, 0};
-  return {static_cast<int>(visible_queries(mask, end - 1, sq, sk).begin),
-          static_cast<int>(visible_queries(mask, first, sq, sk).end)};
+/// Query tiles [begin, end) whose rows see every one of keys [first, end): they need no mask. Rows
+/// past the sequence need none either: their P is 0.
+__device__ inline TileRange full_tiles(const Mask& mask, std::int64_t first, std::int64_t end,
+                                       std::int64_t sq, std::int64_t sk) {
+  if (end > sk) return {0, 0};
+  constexpr std::int64_t tile = backward_tile_queries;
+  const std::int64_t low = visible_queries(mask, end - 1, sq, sk).begin;
+  const std::int64_t high = visible_queries(mask, first, sq, sk).end;
+  return {static_cast<int>((low + tile - 1) / tile),
+          static_cast<int>(high >= sq ? (sq + tile - 1) / tile : high / tile)};
 }
 
 /// Position in a ring of `Stages` slots with one full and one empty barrier each.

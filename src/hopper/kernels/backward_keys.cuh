@@ -35,10 +35,11 @@ struct KeyPass {
   static constexpr int d = D_, dv = DV_;
   static constexpr bool softcap = Softcap_;
   static constexpr int queries = backward_tile_queries, keys = 128, warpgroup_keys = 64;
-  static constexpr int stages = Tuning::stages, slots = Tuning::slots;
+  static constexpr int stages = Tuning::stages;
   // With softcap the scores live on as tanh values until dS, so that S cannot start ahead.
   static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
-  static constexpr bool keys_in_registers = Tuning::keys_in_registers && !softcap;
+  static constexpr bool key_in_registers = Tuning::key_in_registers && !softcap;
+  static constexpr bool value_in_registers = Tuning::value_in_registers && !softcap;
   static constexpr bool producer_group = Tuning::producer_group;
   static constexpr int threads = producer_group ? 512 : 384;
   static constexpr int first_main_group = threads / 128 - 2;
@@ -64,13 +65,13 @@ struct KeyPassSmem {
   static constexpr int query = value + C::ValueTile::bytes;
   static constexpr int dout = query + C::stages * C::QueryTile::bytes;
   static constexpr int score = dout + C::stages * C::DoutTile::bytes;
-  static constexpr int probability = score + C::slots * C::ScoreTile::bytes;
-  static constexpr int lse2 = probability + C::slots * C::probability_bytes;
+  static constexpr int probability = score + C::stages * C::ScoreTile::bytes;
+  static constexpr int lse2 = probability + C::stages * C::probability_bytes;
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
   static constexpr int barriers = facts + 64;
-  static constexpr int bytes = barriers + 8 * (1 + 3 * C::stages + 2 * C::slots);
+  static constexpr int bytes = barriers + 8 * (1 + 5 * C::stages);
   static constexpr int alignment = 1024;
   static constexpr int allocated = bytes + alignment;  ///< dynamic memory is aligned by hand
   static_assert(query % 1024 == 0 && dout % 1024 == 0 && score % 1024 == 0);
@@ -85,8 +86,8 @@ struct KeyPassBarriers {
   std::uint64_t* query_full;  ///< [stage] Q, LSE2 loaded -> mains
   std::uint64_t* dout_full;   ///< [stage] dO, D' loaded -> mains
   std::uint64_t* stage_empty; ///< [stage] the 8 main warps are done with Q and dO -> producer
-  std::uint64_t* score_full;  ///< [slot] the 8 main warps wrote dS -> dQ group
-  std::uint64_t* score_empty; ///< [slot] the 4 dQ warps have read dS -> mains
+  std::uint64_t* score_full;  ///< [stage] the 8 main warps wrote dS -> dQ group
+  std::uint64_t* score_empty; ///< [stage] the 4 dQ warps have read dS -> mains
 
   __device__ explicit KeyPassBarriers(char* smem) {
     keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
@@ -94,7 +95,7 @@ struct KeyPassBarriers {
     dout_full = query_full + C::stages;
     stage_empty = dout_full + C::stages;
     score_full = stage_empty + C::stages;
-    score_empty = score_full + C::slots;
+    score_empty = score_full + C::stages;
   }
 
   __device__ void init() const {
@@ -103,8 +104,6 @@ struct KeyPassBarriers {
       ptx::mbarrier_init(query_full + i, 1);
       ptx::mbarrier_init(dout_full + i, 1);
       ptx::mbarrier_init(stage_empty + i, 8);
-    }
-    for (int i = 0; i < C::slots; ++i) {
       ptx::mbarrier_init(score_full + i, 8);
       ptx::mbarrier_init(score_empty + i, 4);
     }
@@ -144,15 +143,12 @@ struct KeyPassWork {
   }
 };
 
-/// What the main warpgroups need of the block, in shared memory: their registers are taken.
+/// What the main warpgroups need of the block, in shared memory: computing it takes more registers
+/// than they have.
 struct alignas(16) BlockFacts {
-  int first_tile, end_tile, iterations, sq;
-  FullRows full[2];  ///< of each main warpgroup's keys
-
-  /// True where a tile needs no mask for the keys of main warpgroup `group`.
-  __device__ bool covers_tile(int group, int tile) const {
-    return full[group].covers_tile(tile, sq);
-  }
+  TileRange tiles;    ///< query tiles of each head
+  int iterations;     ///< over all heads
+  TileRange full[2];  ///< of them, those that need no mask for the keys of each main warpgroup
 };
 static_assert(sizeof(BlockFacts) <= 64);
 
@@ -183,6 +179,7 @@ struct KeyPassProducer {
   TileSource query, dout;
   QueryWalk walk;
   RingPosition<C::stages> ring;
+  int left;  ///< tiles to load
 
   __device__ KeyPassProducer(const BackwardArguments& p_, const KeyPassWork& work_,
                              const KeyPassBarriers<C>& barriers_, char* smem_)
@@ -192,7 +189,8 @@ struct KeyPassProducer {
         smem(smem_),
         query(&p_.query, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
         dout(&p_.dout, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
-        walk(work_) {}
+        walk(work_),
+        left(work_.iterations) {}
 
   __device__ void load_keys() const {
     const KeyPassPlace& place = work.place;
@@ -209,12 +207,24 @@ struct KeyPassProducer {
 
   /// The next query tile, once the main warpgroups have left its stage.
   __device__ void load_tile() {
+    ptx::mbarrier_wait(barriers.stage_empty + ring.slot, ring.phase ^ 1);  // <- release()
+    issue_tile();
+  }
+
+  /// The same if its stage is free already.
+  __device__ void try_load_tile() {
+    if (left > 0 && ptx::mbarrier_test_wait(barriers.stage_empty + ring.slot, ring.phase ^ 1)) {
+      issue_tile();
+    }
+  }
+
+ private:
+  __device__ void issue_tile() {
     const std::uint32_t base = ptx::shared_address(smem);
     const int row = walk.tile * C::queries;
     const int stage = ring.slot;
     const std::int64_t statistics = work.sequence.statistics(p, walk.head) + row;
     constexpr int statistic_bytes = C::queries * 4;
-    ptx::mbarrier_wait(barriers.stage_empty + stage, ring.phase ^ 1);  // <- release()
     std::uint64_t* full = barriers.query_full + stage;
     ptx::mbarrier_arrive_expect_tx(full, C::QueryTile::bytes + statistic_bytes);
     query.template load<typename C::QueryTile, C::queries>(
@@ -232,13 +242,16 @@ struct KeyPassProducer {
                    statistic_bytes, full);
     walk.advance();
     ring.advance();
+    --left;
   }
 };
 
 /// dQ of one tile: dS K in pieces of dq_columns, each added to the accumulator when it is complete.
-template <class C>
+/// meanwhile() runs before every piece.
+template <class C, class Meanwhile>
 __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float* accumulator,
-                                                    std::uint64_t* empty) {
+                                                    std::uint64_t* empty,
+                                                    const Meanwhile& meanwhile) {
   using Smem = KeyPassSmem<C>;
   constexpr int columns = C::Tuning::dq_columns;
   const int thread = threadIdx.x % 128;
@@ -255,6 +268,7 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
     const std::uint64_t key = descriptor::mn_major(
         ptx::shared_address(smem + Smem::key + column / 64 * slab + column % 64 * 2), slab);
     float dq[columns / 2];
+    meanwhile();
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::keys / 16; ++k) {
@@ -277,8 +291,9 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
   }
 }
 
-/// The dQ warpgroup. Where there is no producer warpgroup its first lane also issues the copies:
-/// those of tile i + stages - 1 before dQ of tile i, which waits for nothing that comes later.
+/// The dQ warpgroup. Where there is no producer warpgroup its first lane also issues the copies, as
+/// soon as it finds a stage free: while it waits for dS and before every piece of dQ. It never
+/// waits for a stage alone while dS is to be consumed, so neither side can hold up the other.
 template <class C>
 __device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
                                                     const KeyPassWork& work,
@@ -286,28 +301,29 @@ __device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
                                                     char* smem) {
   const bool produces = !C::producer_group && threadIdx.x % 128 == 0;
   KeyPassProducer<C> producer(p, work, barriers, smem);
-  int loaded = 0;
-  if (produces) {
-    producer.load_keys();
-    for (; loaded < C::stages - 1 && loaded < work.iterations; ++loaded) producer.load_tile();
-  }
-  __syncwarp();
+  if (produces) producer.load_keys();
   const bool wanted = p.dq_accumulator != nullptr;
-  if (!wanted && C::producer_group) return;
-  if (wanted) ptx::mbarrier_wait(barriers.keys_full, 0);
+  if (!wanted) {
+    while (produces && producer.left > 0) producer.load_tile();
+    return;
+  }
+  const auto produce = [&] {
+    if (produces) producer.try_load_tile();
+    if (!C::producer_group) __syncwarp();
+  };
   QueryWalk walk(work);
-  RingPosition<C::slots> ring;
+  RingPosition<C::stages> ring;
   for (int i = 0; i < work.iterations; ++i) {
-    if (produces && loaded < work.iterations) {
-      producer.load_tile();
-      ++loaded;
+    const std::int64_t row = work.sequence.statistics(p, walk.head) + walk.tile * C::queries;
+    std::uint64_t* full = barriers.score_full + ring.slot;
+    while (produces && producer.left > 0 && !ptx::mbarrier_test_wait(full, ring.phase)) {
+      producer.try_load_tile();
     }
     __syncwarp();
-    if (!wanted) continue;
-    const std::int64_t row = work.sequence.statistics(p, walk.head) + walk.tile * C::queries;
-    ptx::mbarrier_wait(barriers.score_full + ring.slot, ring.phase);
+    ptx::mbarrier_wait(full, ring.phase);  // <- publish_score_gradients()
+    if (i == 0) ptx::mbarrier_wait(barriers.keys_full, 0);
     add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + row * C::d,
-                           barriers.score_empty + ring.slot);
+                           barriers.score_empty + ring.slot, produce);
     walk.advance();
     ring.advance();
   }

@@ -21,14 +21,12 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
   if (threadIdx.x == 0) {
     auto* facts = reinterpret_cast<BlockFacts*>(smem + Smem::facts);
     const SequencePair& sequence = work.sequence;
-    facts->first_tile = work.tiles.begin;
-    facts->end_tile = work.tiles.end;
+    facts->tiles = work.tiles;
     facts->iterations = work.iterations;
-    facts->sq = static_cast<int>(sequence.queries.length);
     for (int group = 0; group < 2; ++group) {
       const int first = work.place.first_key + C::group_key(group);
-      facts->full[group] = full_rows(p.mask, first, first + C::warpgroup_keys,
-                                     sequence.queries.length, sequence.keys.length);
+      facts->full[group] = full_tiles(p.mask, first, first + C::warpgroup_keys,
+                                      sequence.queries.length, sequence.keys.length);
     }
   }
   if (p.has_dout) return;
@@ -57,7 +55,7 @@ __global__ void __launch_bounds__(C::threads, 1)
     if (threadIdx.x == 0 && work.iterations > 0) {
       KeyPassProducer<C> producer(p, work, barriers, smem);
       producer.load_keys();
-      for (int i = 0; i < work.iterations; ++i) producer.load_tile();
+      while (producer.left > 0) producer.load_tile();
     }
   } else if (group == C::first_main_group - 1) {
     ptx::registers_decrease<Tuning::dq_registers>();

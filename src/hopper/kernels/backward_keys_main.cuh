@@ -12,6 +12,7 @@ template <class C>
 struct KeyPassMain {
   using T = typename C::T;
   using Smem = KeyPassSmem<C>;
+  using Tuning = typename C::Tuning;
   static constexpr int query_blocks = C::queries / 16;  ///< k16 steps of dV and dK
   static constexpr int score_registers = C::queries / 2;
 
@@ -19,9 +20,11 @@ struct KeyPassMain {
   const KeyPassBarriers<C>& barriers;
   char* smem;
   int group, warp, lane, quad;
+  std::uint32_t statistics;  ///< address of LSE2 of stage 0, moved to this thread's first column
+  std::uint32_t score;       ///< address of slot 0 of dS where this thread stores
 
-  std::uint32_t key_operand[C::keys_in_registers ? C::d / 16 : 1][4];
-  std::uint32_t value_operand[C::keys_in_registers ? C::dv / 16 : 1][4];
+  std::uint32_t key_operand[C::key_in_registers ? C::d / 16 : 1][4];
+  std::uint32_t value_operand[C::value_in_registers ? C::dv / 16 : 1][4];
 
   __device__ __forceinline__ KeyPassMain(const BackwardArguments& p_,
                                          const KeyPassBarriers<C>& barriers_, char* smem_)
@@ -30,6 +33,10 @@ struct KeyPassMain {
     warp = threadIdx.x % 128 / 32;
     lane = threadIdx.x % 32;
     quad = lane % 4;
+    // Opaque, so that they are kept and not computed again from the thread index in every tile.
+    statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * quad);
+    score = opaque(ptx::shared_address(smem + Smem::score + group * C::ScoreTile::slab_bytes) +
+                   swizzled_offset(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
   }
 
   /// This warpgroup's 64 rows of a tile, as register operand A.
@@ -46,7 +53,7 @@ struct KeyPassMain {
   }
 
   /// (64 keys) x (64 queries) of A B^T: S^T from K and Q, dP^T from V and dO.
-  template <class KeyTile, class QueryTile, int Blocks>
+  template <class KeyTile, class QueryTile, bool InRegisters, int Blocks>
   __device__ __forceinline__ void multiply_keys(float (&x)[score_registers],
                                                 const std::uint32_t (&a)[Blocks][4], int a_offset,
                                                 int b_offset) const {
@@ -56,7 +63,7 @@ struct KeyPassMain {
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
       const std::uint64_t b_step = b + descriptor::k_step<QueryTile::slab_bytes>(k);
-      if constexpr (C::keys_in_registers) {
+      if constexpr (InRegisters) {
         ptx::wgmma_rs<T, C::queries>(x, a[k], b_step, k != 0);
       } else {
         ptx::wgmma_ss<T, C::queries>(x, rows + descriptor::k_step<KeyTile::slab_bytes>(k), b_step,
@@ -66,12 +73,12 @@ struct KeyPassMain {
   }
 
   __device__ __forceinline__ void multiply_scores(float (&s)[score_registers], int stage) const {
-    multiply_keys<typename C::KeyTile, typename C::QueryTile>(
+    multiply_keys<typename C::KeyTile, typename C::QueryTile, C::key_in_registers>(
         s, key_operand, Smem::key, Smem::query + stage * C::QueryTile::bytes);
   }
 
   __device__ __forceinline__ void multiply_dout(float (&dp)[score_registers], int stage) const {
-    multiply_keys<typename C::ValueTile, typename C::DoutTile>(
+    multiply_keys<typename C::ValueTile, typename C::DoutTile, C::value_in_registers>(
         dp, value_operand, Smem::value, Smem::dout + stage * C::DoutTile::bytes);
   }
 
@@ -100,18 +107,19 @@ struct KeyPassMain {
 
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
   __device__ __forceinline__ void store_score_gradients(
-      const std::uint32_t (&ds)[query_blocks][4], const RingPosition<C::slots>& ring) const {
+      const std::uint32_t (&ds)[query_blocks][4], const RingPosition<C::stages>& ring) const {
     ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
-    const std::uint32_t row = lane % 8 + lane / 16 * 8;
-    const std::uint32_t address =
-        ptx::shared_address(smem + Smem::score + ring.slot * C::ScoreTile::bytes +
-                            group * C::ScoreTile::slab_bytes) +
-        swizzled_offset(row, 2 * warp + lane / 8 % 2);
+    const std::uint32_t address = score + ring.slot * C::ScoreTile::bytes;
 #pragma unroll
     for (int k = 0; k < query_blocks; ++k) {
       ptx::store_matrix_x4_transposed(address + k * 16 * slab_row_bytes, ds[k][0], ds[k][1],
                                       ds[k][2], ds[k][3]);
     }
+  }
+
+  /// Hands the stored dS to the dQ group.
+  __device__ __forceinline__ void publish_score_gradients(
+      const RingPosition<C::stages>& ring) const {
     ptx::fence_proxy_async_shared();
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
@@ -122,12 +130,14 @@ struct KeyPassMain {
     if (lane == 0) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
-  __device__ __forceinline__ ColumnStatistics lse2(int stage) const {
-    return {reinterpret_cast<const float*>(smem + Smem::lse2) + stage * C::queries, quad};
+  using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window>;
+
+  __device__ __forceinline__ Statistics lse2(int stage) const {
+    return Statistics(statistics + stage * C::queries * 4);
   }
 
-  __device__ __forceinline__ ColumnStatistics softmax_d(int stage) const {
-    return {reinterpret_cast<const float*>(smem + Smem::softmax_d) + stage * C::queries, quad};
+  __device__ __forceinline__ Statistics softmax_d(int stage) const {
+    return Statistics(statistics + (Smem::softmax_d - Smem::lse2) + stage * C::queries * 4);
   }
 
   /// Zeros P and dS where a query of the tile does not see a key.
@@ -144,73 +154,79 @@ struct KeyPassMain {
     return *reinterpret_cast<const BlockFacts*>(smem + Smem::facts);
   }
 
-  /// State of the walk over query tiles.
+  /// The walk over query tiles.
   struct Position {
+    TileRange tiles, full;
+    int left;  ///< tiles that follow
     int tile;
     RingPosition<C::stages> ring;
-    RingPosition<C::slots> slots;
-    int previous_stage = 0;
+
+    __device__ __forceinline__ Position(const BlockFacts& facts, int group)
+        : tiles(facts.tiles),
+          full(facts.full[group]),
+          left(facts.iterations - 1),
+          tile(facts.tiles.begin) {}
+
+    __device__ __forceinline__ bool masked() const {
+      return tile < full.begin || tile >= full.end;
+    }
+
+    __device__ __forceinline__ void advance() {
+      ring.advance();
+      if (++tile == tiles.end) tile = tiles.begin;
+    }
   };
 
-  __device__ __forceinline__ void advance(Position& at) const {
-    at.previous_stage = at.ring.slot;
-    at.ring.advance();
-    at.slots.advance();
-    if (++at.tile == facts().end_tile) at.tile = facts().first_tile;
-  }
-
-  /// P^T and dO, dS^T and Q: the two products that end a tile.
-  __device__ __forceinline__ void add_key_gradients(
-      float (&dk)[C::d / 2], float (&dv)[C::dv / 2], const std::uint32_t (&pa)[query_blocks][4],
-      const std::uint32_t (&dsa)[query_blocks][4], int stage) const {
-    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
-    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
-    ptx::wgmma_commit();
-  }
-
   /// Tile i with S of tile i + 1 issued before dV and dK of tile i, so that its exponentials run
-  /// under them. On entry S of this tile is complete; dV and dK of the last one are in flight.
-  __device__ __forceinline__ void step_ahead(float (&s)[score_registers], float (&dk)[C::d / 2],
-                                             float (&dv)[C::dv / 2], Position& at, int i) const {
+  /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
+  /// flight. `previous`: the stage of the last tile, negative before the first.
+  __device__ __forceinline__ void step_ahead(float (&s)[score_registers], Statistics& lse,
+                                             float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
+                                             Position& at, int& previous) const {
     float dp[score_registers];
     std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
     const int stage = at.ring.slot;
-    const int tile = at.tile;
-    const bool masked = !facts().covers_tile(group, tile);
+    const RingPosition<C::stages> ring = at.ring;
     issue_dout(dp, stage, at.ring.phase);
-    probabilities(s, p, lse2(stage));
-    ptx::wgmma_wait<0>();  // dP, and dV, dK of the previous tile
-    if (i > 0) release(at.previous_stage);
+    probabilities(s, p, lse);
+    Statistics d = softmax_d(stage);
+    ptx::wgmma_wait<1>();  // dV, dK of the previous tile
+    if (previous >= 0) release(previous);
     pack_operand<T>(pa, s);
-    score_gradients(dp, s, softmax_d(stage));
+    ptx::wgmma_wait<0>();  // dP
+    score_gradients(dp, s, d);
     pack_operand<T>(dsa, dp);
-    if (masked) mask(pa, dsa, tile);
-    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
-    advance(at);
+    if (at.masked()) mask(pa, dsa, at.tile);
+    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
+    previous = stage;
+    at.advance();
     // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
-    if (i + 1 < facts().iterations) {
-      ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
-    }
+    if (at.left-- > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
     ptx::wgmma_fence();
     multiply_scores(s, at.ring.slot);
     ptx::wgmma_commit();
-    add_key_gradients(dk, dv, pa, dsa, stage);
+    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
+    if (p.dq_accumulator != nullptr) publish_score_gradients(ring);
+    ptx::wgmma_fence();
+    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
+    ptx::wgmma_commit();
+    lse = lse2(at.ring.slot);
     ptx::wgmma_wait<1>();  // S of the next tile
   }
 
   __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
     float s[score_registers];
-    const int iterations = facts().iterations;
-    Position at{facts().first_tile};
+    Position at(facts(), group);
+    int previous = -1;
     ptx::mbarrier_wait(barriers.query_full, 0);
     ptx::wgmma_fence();
     multiply_scores(s, 0);
     ptx::wgmma_commit();
+    Statistics lse = lse2(0);
     ptx::wgmma_wait<0>();
-    int i = 0;
     do {
-      step_ahead(s, dk, dv, at, i);
-    } while (++i < iterations);
+      step_ahead(s, lse, dk, dv, at, previous);
+    } while (at.left >= 0);
     ptx::wgmma_wait<0>();
   }
 
@@ -218,11 +234,12 @@ struct KeyPassMain {
   /// with softcap P times the derivative of the cap.
   __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
                                           std::uint32_t (&wa)[query_blocks][4],
-                                          float (&s)[score_registers], int stage) const {
+                                          float (&s)[score_registers],
+                                          Statistics& lse) const {
     if constexpr (C::softcap) {
-      capped_probabilities<T>(s, pa, wa, p, lse2(stage));
+      capped_probabilities<T>(s, pa, wa, p, lse);
     } else {
-      probabilities(s, p, lse2(stage));
+      probabilities(s, p, lse);
       pack_operand<T>(pa, s);
     }
   }
@@ -230,35 +247,38 @@ struct KeyPassMain {
   /// One tile after the other; the other main warpgroup fills the gaps.
   __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
                                                float (&dv)[C::dv / 2]) const {
-    const int iterations = facts().iterations;
-    Position at{facts().first_tile};
-    int i = 0;
+    Position at(facts(), group);
     do {
       float s[score_registers], dp[score_registers];
       std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
       const int stage = at.ring.slot;
-      const bool masked = !facts().covers_tile(group, at.tile);
       ptx::mbarrier_wait(barriers.query_full + stage, at.ring.phase);
       ptx::wgmma_fence();
       multiply_scores(s, stage);
       ptx::wgmma_commit();
+      Statistics lse = lse2(stage);
       // With softcap the exponentials need the registers of dP.
       if constexpr (!C::softcap) issue_dout(dp, stage, at.ring.phase);
       ptx::wgmma_wait<C::softcap ? 0 : 1>();  // S
-      weights(pa, wa, s, stage);
+      weights(pa, wa, s, lse);
       if constexpr (C::softcap) issue_dout(dp, stage, at.ring.phase);
+      Statistics d = softmax_d(stage);
       ptx::wgmma_wait<0>();  // dP
-      score_gradients<T>(dp, C::softcap ? wa : pa, softmax_d(stage));
+      score_gradients<T>(dp, C::softcap ? wa : pa, d);
       pack_operand<T>(dsa, dp);
-      if (masked) mask(pa, dsa, at.tile);
-      if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.slots);
+      if (at.masked()) mask(pa, dsa, at.tile);
+      if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.ring);
       ptx::wgmma_fence();
-      add_key_gradients(dk, dv, pa, dsa, stage);
+      multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
+      if (p.dq_accumulator != nullptr) publish_score_gradients(at.ring);
+      ptx::wgmma_fence();
+      multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
+      ptx::wgmma_commit();
       // Their operands are the registers that S and dP of the next tile need.
       ptx::wgmma_wait<0>();
       release(stage);
-      advance(at);
-    } while (++i < iterations);
+      at.advance();
+    } while (at.left-- > 0);
   }
 
   __device__ __forceinline__ void run() {
@@ -269,8 +289,8 @@ struct KeyPassMain {
     for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
-    if constexpr (C::keys_in_registers) {
-      load_operand<typename C::KeyTile>(key_operand, Smem::key);
+    if constexpr (C::key_in_registers) load_operand<typename C::KeyTile>(key_operand, Smem::key);
+    if constexpr (C::value_in_registers) {
       load_operand<typename C::ValueTile>(value_operand, Smem::value);
     }
     if constexpr (C::scores_ahead) {

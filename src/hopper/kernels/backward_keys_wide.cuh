@@ -59,10 +59,11 @@ struct WideKeyPassMain {
     return *reinterpret_cast<const BlockFacts*>(smem + Smem::facts);
   }
 
-  __device__ __forceinline__ ColumnStatistics statistics(int offset, int stage) const {
-    return {reinterpret_cast<const float*>(smem + offset) + stage * C::queries +
-                group * half_queries,
-            quad};
+  using Statistics = ColumnStatistics<half_queries / 8, half_queries / 8>;
+
+  __device__ __forceinline__ Statistics statistics(int offset, int stage) const {
+    return Statistics(ptx::shared_address(smem + offset) +
+                      4 * (stage * C::queries + group * half_queries + 2 * quad));
   }
 
   /// (64 keys) x (this warpgroup's 32 queries) of A B^T.
@@ -134,8 +135,8 @@ struct WideKeyPassMain {
                                             std::uint32_t (&dsa)[query_blocks][4],
                                             float (&s)[score_registers],
                                             float (&dp)[score_registers], int stage) const {
-    const ColumnStatistics lse2 = statistics(Smem::lse2, stage);
-    const ColumnStatistics softmax_d = statistics(Smem::softmax_d, stage);
+    Statistics lse2 = statistics(Smem::lse2, stage);
+    Statistics softmax_d = statistics(Smem::softmax_d, stage);
     if constexpr (C::softcap) {
       std::uint32_t w[query_blocks][4];
       capped_probabilities<T>(s, pa, w, p, lse2);
@@ -155,7 +156,7 @@ struct WideKeyPassMain {
   /// products of the tile before last ahead of the barrier of the last tile.
   __device__ __forceinline__ void publish(const std::uint32_t (&pa)[query_blocks][4],
                                           const std::uint32_t (&dsa)[query_blocks][4],
-                                          const RingPosition<C::slots>& ring) const {
+                                          const RingPosition<C::stages>& ring) const {
     if (p.dq_accumulator != nullptr) {
       ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
     }
@@ -171,11 +172,12 @@ struct WideKeyPassMain {
 
   __device__ __forceinline__ void run_tiles(SharedColumns<C::d>& dk,
                                             SharedColumns<C::dv>& dv) const {
-    static_assert(C::slots >= 2, "see publish()");
+    static_assert(C::stages >= 2, "see publish()");
     RingPosition<C::stages> ring;
-    RingPosition<C::slots> slots;
     const int iterations = facts().iterations;
-    int tile = facts().first_tile;
+    const TileRange tiles = facts().tiles;
+    const TileRange full = facts().full[group];
+    int tile = tiles.begin;
     int previous = 0;
     int i = 0;
     do {
@@ -193,18 +195,17 @@ struct WideKeyPassMain {
       ptx::wgmma_wait<1>();  // S, and dV, dK of the previous tile
       if (i > 0) release(previous);
       gradients(pa, dsa, s, dp, stage);
-      if (!facts().covers_tile(group, tile)) mask(pa, dsa, tile);
-      publish(pa, dsa, slots);
+      if (tile < full.begin || tile >= full.end) mask(pa, dsa, tile);
+      publish(pa, dsa, ring);
       ptx::wgmma_fence();
-      add_columns<typename C::DoutTile>(dv, Smem::probability + slots.slot * C::probability_bytes,
+      add_columns<typename C::DoutTile>(dv, Smem::probability + ring.slot * C::probability_bytes,
                                         Smem::dout + stage * C::DoutTile::bytes);
-      add_columns<typename C::QueryTile>(dk, Smem::score + slots.slot * C::ScoreTile::bytes,
+      add_columns<typename C::QueryTile>(dk, Smem::score + ring.slot * C::ScoreTile::bytes,
                                          Smem::query + stage * C::QueryTile::bytes);
       ptx::wgmma_commit();
       previous = stage;
       ring.advance();
-      slots.advance();
-      if (++tile == facts().end_tile) tile = facts().first_tile;
+      if (++tile == tiles.end) tile = tiles.begin;
     } while (++i < iterations);
     ptx::wgmma_wait<0>();
   }
@@ -252,7 +253,7 @@ struct WideKeyPass {
   static constexpr int d = D_, dv = DV_;
   static constexpr bool softcap = Softcap_, producer_group = true;
   static constexpr int queries = backward_tile_queries, keys = 64, warpgroup_keys = 64;
-  static constexpr int stages = Tuning::stages, slots = Tuning::slots;
+  static constexpr int stages = Tuning::stages;
   static constexpr int threads = 512, first_main_group = 2;
   using KeyTile = Tile<keys, d>;
   using ValueTile = Tile<keys, dv>;

@@ -213,8 +213,8 @@ struct QueryPassMain {
   /// dS of a tile as operand A. With softcap `w` is P times the derivative of the cap.
   __device__ __forceinline__ void gradients(std::uint32_t (&dsa)[key_blocks][4],
                                             float (&s)[score_registers],
-                                            float (&dp)[score_registers], const RowStatistics& lse2,
-                                            const RowStatistics& softmax_d) const {
+                                            float (&dp)[score_registers], RowStatistics& lse2,
+                                            RowStatistics& softmax_d) const {
     if constexpr (C::softcap) {
       std::uint32_t unused[key_blocks][4], w[key_blocks][4];
       capped_probabilities<T>(s, unused, w, p, lse2);
@@ -229,8 +229,8 @@ struct QueryPassMain {
   }
 
   __device__ __forceinline__ void run_tiles(float (&dq)[C::d / 2]) const {
-    const RowStatistics lse2 = statistics(p.lse2);
-    const RowStatistics softmax_d = statistics(p.softmax_d);
+    RowStatistics lse2 = statistics(p.lse2);
+    RowStatistics softmax_d = statistics(p.softmax_d);
     RingPosition<C::stages> ring;
     int previous = 0;
     int tile = work.first_tile;
