@@ -47,8 +47,8 @@ inline constexpr int decode_cluster_blocks = 64;
 /// are not split, and each has its own end of the visible keys.
 inline constexpr int decode_balanced_row_tiles = 16;
 
-/// Blocks of a cluster that share a row tile when there is one sequence. Sixteen needs a GPC with as
-/// many SMs: the full-size Hopper parts have it; eight is the portable limit.
+/// Blocks of a cluster that share a row tile when there is one sequence. Sixteen needs a GPC with
+/// as many SMs: the full-size Hopper parts have it; eight is the portable limit.
 constexpr int decode_cluster(int sm_count) { return sm_count >= 132 ? 16 : 8; }
 
 }  // namespace sinkattn::hopper

@@ -61,15 +61,18 @@ struct Workspace {
   std::size_t dq_offset, dk_offset, dv_offset, bytes;
 
   Workspace(const BackwardProblem& problem, CompiledDims dims, int splits) : prepare(problem) {
-    const auto aligned = [](std::int64_t n) { return static_cast<std::size_t>(ceil_div(n, 256)) * 256; };
+    const auto aligned = [](std::int64_t n) {
+      return static_cast<std::size_t>(ceil_div(n, 256)) * 256;
+    };
     const std::int64_t batch_q = problem.packed_q ? 1 : problem.batch;
     const std::int64_t batch_k = problem.packed_k ? 1 : problem.batch;
-    const std::int64_t keys =
-        splits > 1 && problem.dk.data != nullptr ? splits * batch_k * problem.rows_k * problem.heads_kv : 0;
+    const std::int64_t keys = splits > 1 && problem.dk.data != nullptr
+                                  ? splits * batch_k * problem.rows_k * problem.heads_kv
+                                  : 0;
     const bool with_dq = uses_accumulator(problem);
     dq_offset = prepare.bytes;
-    dk_offset = dq_offset +
-                aligned(with_dq ? 4 * batch_q * problem.heads_q * prepare.rows * dims.d : 0);
+    dk_offset =
+        dq_offset + aligned(with_dq ? 4 * batch_q * problem.heads_q * prepare.rows * dims.d : 0);
     dv_offset = dk_offset + aligned(4 * keys * dims.d);
     bytes = dv_offset + aligned(4 * keys * dims.dv);
   }
@@ -108,7 +111,8 @@ BackwardArguments make_arguments(const BackwardProblem& problem) {
   p.rows_k = problem.rows_k;
   p.softmax_scale = static_cast<float>(problem.softmax_scale);
   const bool capped = problem.softcap != 0.0;
-  p.score_scale = static_cast<float>(problem.softmax_scale * (capped ? 1.0 / problem.softcap : log2e));
+  p.score_scale =
+      static_cast<float>(problem.softmax_scale * (capped ? 1.0 / problem.softcap : log2e));
   p.score_cap = static_cast<float>(problem.softcap * log2e);
   p.heads_q = static_cast<int>(problem.heads_q);
   p.heads_kv = static_cast<int>(problem.heads_kv);
@@ -126,7 +130,8 @@ BackwardArguments make_arguments(const BackwardProblem& problem) {
 int pairs_per_section(const BackwardProblem& problem, CompiledDims dims) {
   constexpr std::int64_t budget = 24 << 20;
   const std::int64_t bytes = problem.longest_q * (2 * (dims.d + dims.dv) + 4 * dims.d);
-  return static_cast<int>(std::clamp<std::int64_t>(budget / std::max<std::int64_t>(bytes, 1), 1, 4096));
+  return static_cast<int>(
+      std::clamp<std::int64_t>(budget / std::max<std::int64_t>(bytes, 1), 1, 4096));
 }
 
 Status check_grid(std::int64_t grid, const char* tensor) {
@@ -246,8 +251,7 @@ Status plan_backward(const BackwardProblem& problem, const DeviceProperties& dev
   return {};
 }
 
-Status backward(const BackwardProblem& problem, const Plan& plan,
-                const ExecutionContext& context) {
+Status backward(const BackwardProblem& problem, const Plan& plan, const ExecutionContext& context) {
   const cudaStream_t stream = stream_of(context);
   if (!wants_main_pass(problem)) return launch_prepare(problem, context.workspace, {}, stream);
   const BackwardInstance* instance = find_instance(problem);

@@ -170,9 +170,7 @@ void direct_to_partials(const CombineProblem& merge, ForwardArguments* a) {
 }
 
 /// Few query rows, and paged keys of any kind, are the decode kernel's.
-bool is_decode(const ForwardProblem& p) {
-  return decode_serves(p) || p.keys.page_table != nullptr;
-}
+bool is_decode(const ForwardProblem& p) { return decode_serves(p) || p.keys.page_table != nullptr; }
 
 bool is_empty(const ForwardProblem& p) { return p.batch == 0 || p.rows_q == 0 || p.heads_q == 0; }
 

@@ -68,8 +68,7 @@ def cases(dtypes, seed):
 
 
 @pytest.mark.parametrize("case", cases(list(DTYPES), seed=1), ids=str)
-def test_against_oracle(case, device, needs):
-    needs("forward", "backward")
+def test_against_oracle(case, device):
     dtype = DTYPES[case.dtype]
     if device == "cuda" and dtype == torch.float32:
         pytest.skip("fp32 is a CPU dtype")
@@ -97,8 +96,7 @@ def test_oracle_against_eager(case):
     "length", [(512, 512), (1023, 1024), (1024, 1023)], ids=lambda x: f"{x[0]}x{x[1]}"
 )
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_long(length, dtype, device, needs):
-    needs("forward", "backward")
+def test_long(length, dtype, device):
     if device == "cuda" and dtype == "fp32":
         pytest.skip("fp32 is a CPU dtype")
     options = (("causal", True), ("window_size", (300, 0)))
@@ -115,9 +113,8 @@ def test_long(length, dtype, device, needs):
 
 @pytest.mark.parametrize("num_splits", [0, 2, 3, 17, 256])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (40, 3)}], ids=str)
-def test_splits(num_splits, options, device, needs):
+def test_splits(num_splits, options, device):
     """The sink counts once, also where the first splits are empty."""
-    needs("forward")
     case = Case(2, 70, 400, (8, 2), (64, 64), "fp32", tuple(options.items()), "fp32")
     inputs = make_inputs(case)
     q, k, v, sink = (x.to(device) for x in (inputs.q, inputs.k, inputs.v, inputs.sink))
@@ -128,9 +125,8 @@ def test_splits(num_splits, options, device, needs):
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 12, 16, 64, 130])
 @pytest.mark.parametrize("pack_gqa", [None, False, True])
-def test_groups(group, pack_gqa, device, needs):
+def test_groups(group, pack_gqa, device):
     """Sinks far apart: a swapped head index cannot pass."""
-    needs("forward", "backward")
     case = Case(1, 37, 65, (2 * group, 2), (32, 32), "fp32", (("causal", True),))
     inputs = make_inputs(case)
     inputs.sink = torch.linspace(-6, 6, 2 * group)
@@ -140,9 +136,8 @@ def test_groups(group, pack_gqa, device, needs):
 
 
 @pytest.mark.parametrize("wanted", range(1, 16))
-def test_partial_gradients(wanted, device, needs):
+def test_partial_gradients(wanted, device):
     """Every subset of {q, k, v, sink}: what is asked for has the bits of the full call."""
-    needs("forward", "backward")
     case = Case(2, 50, 60, (6, 2), (64, 64), "bf16", (("causal", True),))
     inputs = make_inputs(case)
     full = run(

@@ -51,8 +51,7 @@ def test_gradcheck(options, packed, with_sink):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)])
-def test_bitwise_repeatable(dtype, dims, device, needs):
-    needs("forward", "backward")
+def test_bitwise_repeatable(dtype, dims, device):
     inputs = make_inputs(Case(2, 150, 170, (8, 2), dims, dtype, (("causal", True),)))
 
     def once():
@@ -72,9 +71,8 @@ def test_bitwise_repeatable(dtype, dims, device, needs):
     torch.set_num_threads(1)
 
 
-def test_batch_invariance(device, needs):
+def test_batch_invariance(device):
     """A sequence gives the same bits alone and among others."""
-    needs("forward", "backward")
     inputs = make_inputs(Case(9, 70, 90, (6, 2), (64, 64), "bf16", (("causal", True),)))
 
     def results(rows):
@@ -93,9 +91,8 @@ def test_batch_invariance(device, needs):
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
-def test_padding_never_matters(garbage, device, needs):
+def test_padding_never_matters(garbage, device):
     """Whatever lies outside the used range of any input, results have the same bits."""
-    needs("forward", "backward")
     inputs = make_inputs(Case(2, 60, 70, (4, 2), (64, 64), "bf16"))
     used_q, used_k = [60, 13], [33, 70]
     index = {
@@ -122,9 +119,8 @@ def test_padding_never_matters(garbage, device, needs):
         assert torch.equal(clean, spoiled)
 
 
-def test_training_follows_eager(device, needs):
+def test_training_follows_eager(device):
     """Two attention layers with sinks, 200 steps: loss and sinks follow the eager run in fp32."""
-    needs("forward", "backward")
     g = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 48, 32, generator=g).to(device)
     target = torch.randn(2, 48, 32, generator=g).to(device)

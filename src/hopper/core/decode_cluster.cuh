@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Merge of a row tile whose pieces are the blocks of a cluster: every block leaves its result in its
-// shared memory, and each finishes a share of the columns by reading all the others'. No workspace,
-// no second launch.
+// Merge of a row tile whose pieces are the blocks of a cluster: every block leaves its result in
+// its shared memory, and each finishes a share of the columns by reading all the others'. No
+// workspace, no second launch.
 #pragma once
 
 #include <cstdint>
@@ -69,8 +69,7 @@ __device__ void finish_in_cluster(const DecodeParams& p, const OutputRows& rows,
     const int safe = item < items ? item : 0;
     const int row = safe / items_of_row;
     const int column = safe % items_of_row * 4;
-    const MergedRow merged =
-        merge_blocks<Rows, ColumnsV>(mine, row, column, width, p.scale_log2);
+    const MergedRow merged = merge_blocks<Rows, ColumnsV>(mine, row, column, width, p.scale_log2);
     if (item < items && threadIdx.x % width == 0) finish_row<T>(p, rows, row, column, merged);
   }
   ptx::cluster_sync();  // nobody reads this block's memory any more

@@ -4,8 +4,8 @@
 // barrier of the block is in the loop, and a slow warp holds nobody up.
 //
 // One slot holds `Keys` rows of K and of V as slabs with the 128-byte swizzle (core/tile.cuh). Rows
-// past the end, and columns past the head dim, are zeros: memory outside the sequence is never read,
-// so whatever it holds cannot matter.
+// past the end, and columns past the head dim, are zeros: memory outside the sequence is never
+// read, so whatever it holds cannot matter.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,8 @@ class KeyStream {
     const bool paged = p.keys.page_table != nullptr;
     const std::int64_t batch = paged ? 0 : row;
     table_ = paged ? p.keys.page_table + row * p.keys.page_table_stride : nullptr;
-    key_base_ = static_cast<const char*>(p.keys.key.data) + 2 * p.keys.key.offset(batch, 0, kv_head);
+    key_base_ =
+        static_cast<const char*>(p.keys.key.data) + 2 * p.keys.key.offset(batch, 0, kv_head);
     value_base_ =
         static_cast<const char*>(p.keys.value.data) + 2 * p.keys.value.offset(batch, 0, kv_head);
     look_up();

@@ -3,7 +3,7 @@
 
 namespace sinkattn::hopper {
 template Status launch_decode_instance<192, 128, 1, false, true>(const DecodeParams&, int,
-                                                              cudaStream_t);
+                                                                 cudaStream_t);
 template Status launch_decode_instance<192, 128, 1, true, true>(const DecodeParams&, int,
-                                                              cudaStream_t);
+                                                                cudaStream_t);
 }  // namespace sinkattn::hopper

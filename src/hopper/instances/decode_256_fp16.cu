@@ -3,7 +3,7 @@
 
 namespace sinkattn::hopper {
 template Status launch_decode_instance<256, 256, 1, false, false>(const DecodeParams&, int,
-                                                              cudaStream_t);
+                                                                  cudaStream_t);
 template Status launch_decode_instance<256, 256, 1, true, false>(const DecodeParams&, int,
-                                                              cudaStream_t);
+                                                                 cudaStream_t);
 }  // namespace sinkattn::hopper

@@ -82,12 +82,12 @@ struct KeyPassSmem {
 /// Barriers, by what their completion means.
 template <class C>
 struct KeyPassBarriers {
-  std::uint64_t* keys_full;   ///< K, V loaded: producer's expect_tx -> mains, dQ group
-  std::uint64_t* query_full;  ///< [stage] Q, LSE2 loaded -> mains
-  std::uint64_t* dout_full;   ///< [stage] dO, D' loaded -> mains
-  std::uint64_t* stage_empty; ///< [stage] the 8 main warps are done with Q and dO -> producer
-  std::uint64_t* score_full;  ///< [stage] the 8 main warps wrote dS -> dQ group
-  std::uint64_t* score_empty; ///< [stage] the 4 dQ warps have read dS -> mains
+  std::uint64_t* keys_full;    ///< K, V loaded: producer's expect_tx -> mains, dQ group
+  std::uint64_t* query_full;   ///< [stage] Q, LSE2 loaded -> mains
+  std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
+  std::uint64_t* stage_empty;  ///< [stage] the 8 main warps are done with Q and dO -> producer
+  std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
+  std::uint64_t* score_empty;  ///< [stage] the 4 dQ warps have read dS -> mains
 
   __device__ explicit KeyPassBarriers(char* smem) {
     keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
@@ -232,8 +232,7 @@ struct KeyPassProducer {
     ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + statistics,
                    statistic_bytes, full);
     full = barriers.dout_full + stage;
-    ptx::mbarrier_arrive_expect_tx(full,
-                                   (p.has_dout ? C::DoutTile::bytes : 0) + statistic_bytes);
+    ptx::mbarrier_arrive_expect_tx(full, (p.has_dout ? C::DoutTile::bytes : 0) + statistic_bytes);
     if (p.has_dout) {
       dout.template load<typename C::DoutTile, C::queries>(
           base + Smem::dout + stage * C::DoutTile::bytes, full, row, walk.head);
@@ -258,9 +257,8 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
   const std::uint32_t address =
       ptx::shared_address(smem + Smem::score + slot * C::ScoreTile::bytes);
   constexpr bool by_query = C::score_major == ptx::Major::k;
-  const std::uint64_t score = by_query
-                                  ? descriptor::k_major(address)
-                                  : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
+  const std::uint64_t score = by_query ? descriptor::k_major(address)
+                                       : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
 #pragma unroll
   for (int piece = 0; piece < C::d / columns; ++piece) {
     constexpr int slab = C::KeyTile::slab_bytes;

@@ -58,8 +58,8 @@ struct KeyPassMain {
                                                 const std::uint32_t (&a)[Blocks][4], int a_offset,
                                                 int b_offset) const {
     const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
-    const std::uint64_t rows = descriptor::k_major(
-        ptx::shared_address(smem + a_offset) + group * C::warpgroup_keys * slab_row_bytes);
+    const std::uint64_t rows = descriptor::k_major(ptx::shared_address(smem + a_offset) +
+                                                   group * C::warpgroup_keys * slab_row_bytes);
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
       const std::uint64_t b_step = b + descriptor::k_step<QueryTile::slab_bytes>(k);
@@ -94,9 +94,9 @@ struct KeyPassMain {
   /// x += A B with A in registers and B the query tile at `offset`: dV from P and dO, dK from dS
   /// and Q.
   template <class QueryTile>
-  __device__ __forceinline__ void multiply_queries(
-      float (&x)[QueryTile::columns / 2], const std::uint32_t (&a)[query_blocks][4],
-      int offset) const {
+  __device__ __forceinline__ void multiply_queries(float (&x)[QueryTile::columns / 2],
+                                                   const std::uint32_t (&a)[query_blocks][4],
+                                                   int offset) const {
     const std::uint64_t b =
         descriptor::mn_major(ptx::shared_address(smem + offset), QueryTile::slab_bytes);
 #pragma unroll
@@ -106,8 +106,8 @@ struct KeyPassMain {
   }
 
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
-  __device__ __forceinline__ void store_score_gradients(
-      const std::uint32_t (&ds)[query_blocks][4], const RingPosition<C::stages>& ring) const {
+  __device__ __forceinline__ void store_score_gradients(const std::uint32_t (&ds)[query_blocks][4],
+                                                        const RingPosition<C::stages>& ring) const {
     ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
     const std::uint32_t address = score + ring.slot * C::ScoreTile::bytes;
 #pragma unroll
@@ -167,9 +167,7 @@ struct KeyPassMain {
           left(facts.iterations - 1),
           tile(facts.tiles.begin) {}
 
-    __device__ __forceinline__ bool masked() const {
-      return tile < full.begin || tile >= full.end;
-    }
+    __device__ __forceinline__ bool masked() const { return tile < full.begin || tile >= full.end; }
 
     __device__ __forceinline__ void advance() {
       ring.advance();
@@ -234,8 +232,7 @@ struct KeyPassMain {
   /// with softcap P times the derivative of the cap.
   __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
                                           std::uint32_t (&wa)[query_blocks][4],
-                                          float (&s)[score_registers],
-                                          Statistics& lse) const {
+                                          float (&s)[score_registers], Statistics& lse) const {
     if constexpr (C::softcap) {
       capped_probabilities<T>(s, pa, wa, p, lse);
     } else {
@@ -300,8 +297,8 @@ struct KeyPassMain {
     }
     // Where the block lies is computed again: the loop has no registers to keep it.
     const unsigned thread = opaque(threadIdx.x) % 128;
-    const int first = C::group_key(static_cast<int>(opaque(threadIdx.x)) / 128 -
-                                   C::first_main_group);
+    const int first =
+        C::group_key(static_cast<int>(opaque(threadIdx.x)) / 128 - C::first_main_group);
     const KeyGradientStore<C> to(p, KeyPassPlace(p, opaque(blockIdx.x), C::keys), first, thread);
     to.value_columns(dv, 0);
     to.key_columns(dk, 0);

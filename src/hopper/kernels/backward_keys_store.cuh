@@ -61,8 +61,8 @@ struct KeyGradientStore {
         }
         continue;
       }
-      T* to = static_cast<T*>(tensor.data) +
-              tensor.offset(p.packed_k ? 0 : at.b, row, at.kv_head) + start + column;
+      T* to = static_cast<T*>(tensor.data) + tensor.offset(p.packed_k ? 0 : at.b, row, at.kv_head) +
+              start + column;
 #pragma unroll
       for (int j = 0; j < Registers / 4; ++j) {
         if (start + 8 * j >= columns) break;
