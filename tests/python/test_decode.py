@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few queries against a long cache: splits and sinks, hostile lengths and pages, poisoned memory."""
+"""Few queries, a long cache: splits and sinks, hostile lengths and pages, poisoned memory."""
 
 from __future__ import annotations
 

@@ -90,14 +90,15 @@ def test_one_side_packed(side, device):
     """cu_seqlens for one side only; the other is dense."""
     lengths = [5, 0, 31]
     cu = ends(lengths).to(device)
-    q, k, v, sink, dout, dlse = tensors(36, 36, 4, 2, 32, torch.float32, device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v, sink, dout, dlse = tensors(36, 36, 4, 2, 32, dtype, device)
     g = torch.Generator().manual_seed(5)
     if side == "q":
-        k = torch.randn(3, 20, 2, 32, generator=g).to(device)
-        v = torch.randn(3, 20, 2, 32, generator=g).to(device)
+        k = torch.randn(3, 20, 2, 32, generator=g).to(device, dtype)
+        v = torch.randn(3, 20, 2, 32, generator=g).to(device, dtype)
         arguments = (cu, None, 31, None)
     else:
-        q = torch.randn(3, 20, 4, 32, generator=g).to(device)
+        q = torch.randn(3, 20, 4, 32, generator=g).to(device, dtype)
         dout, dlse = torch.randn_like(q), torch.randn(3, 4, 20)
         arguments = (None, cu, None, 31)
     ours = gradients(
@@ -113,7 +114,7 @@ def test_one_side_packed(side, device):
         ),
         (q.double(), k.double(), v.double(), sink.double()), dout, dlse,
     )  # fmt: skip
-    close(ours, truth, rtol=1e-5)
+    close(ours, truth, rtol=1e-5 if device == "cpu" else 1e-2)
 
 
 def test_dense_with_used_lengths(device):
