@@ -7,6 +7,7 @@
 #include "hopper/core/tensor_map.h"
 #include "hopper/device.h"
 #include "hopper/dispatch.h"
+#include "hopper/forward_tuning.h"
 #include "hopper/kernels/combine.h"
 #include "hopper/kernels/forward.h"
 #include "hopper/kernels/unused_rows.h"
@@ -19,6 +20,15 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 std::size_t aligned(std::int64_t bytes) {
   return static_cast<std::size_t>(ceil_div(bytes, 256) * 256);
+}
+
+ForwardUse use_of(const ForwardProblem& p) {
+  if (p.mask.left >= 0 || p.mask.chunk > 0) return ForwardUse::window;
+  return p.longest_k <= short_keys ? ForwardUse::short_keys : ForwardUse::general;
+}
+
+const ForwardInstance* instance_for(const ForwardProblem& p) {
+  return find_forward(p.query.dtype, p.head_dim, p.head_dim_v, use_of(p));
 }
 
 /// Where things lie in the workspace.
@@ -183,7 +193,7 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
                          device.sm_count, p.sm_margin);
   }
   if (is_decode(p)) return plan_decode(p, device, plan);
-  const ForwardInstance* instance = find_forward(p.query.dtype, p.head_dim, p.head_dim_v);
+  const ForwardInstance* instance = instance_for(p);
   if (instance == nullptr) {
     return Status::error(StatusCode::not_implemented,
                          "v: expected a head dim of at most that of the compiled pair, got %lld",
@@ -217,7 +227,7 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
 Status forward(const ForwardProblem& p, const Plan& plan, const ExecutionContext& context) {
   if (is_decode(p)) return run_decode(p, plan, context);
   if (is_empty(p)) return {};
-  const ForwardInstance* instance = find_forward(p.query.dtype, p.head_dim, p.head_dim_v);
+  const ForwardInstance* instance = instance_for(p);
   const cudaStream_t stream = stream_of(context);
   char* workspace = static_cast<char*>(context.workspace);
   ForwardArguments a{};
