@@ -6,6 +6,8 @@
 #include "common/backend.h"
 #include "hopper/core/tensor_map.h"
 #include "hopper/device.h"
+#include "hopper/dispatch.h"
+#include "hopper/forward_tuning.h"
 #include "hopper/kernels/combine.h"
 #include "hopper/kernels/forward.h"
 #include "hopper/kernels/unused_rows.h"
@@ -18,6 +20,15 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 std::size_t aligned(std::int64_t bytes) {
   return static_cast<std::size_t>(ceil_div(bytes, 256) * 256);
+}
+
+ForwardUse use_of(const ForwardProblem& p) {
+  if (p.mask.left >= 0 || p.mask.chunk > 0) return ForwardUse::window;
+  return p.longest_k <= short_keys ? ForwardUse::short_keys : ForwardUse::general;
+}
+
+const ForwardInstance* instance_for(const ForwardProblem& p) {
+  return find_forward(p.query.dtype, p.head_dim, p.head_dim_v, use_of(p));
 }
 
 /// Where things lie in the workspace.
@@ -66,11 +77,6 @@ Status refuse(const ForwardProblem& p) {
     return Status::error(StatusCode::not_implemented,
                          "v: expected a head dim <= 256 on CUDA, got %lld",
                          static_cast<long long>(p.head_dim_v));
-  }
-  if (p.keys.page_table != nullptr) {
-    return Status::error(StatusCode::not_implemented,
-                         "page_table: expected none on CUDA (paged keys have no CUDA kernel yet), "
-                         "got a tensor");
   }
   if (p.longest_q > longest_32_bit || p.longest_k > longest_32_bit) {
     return Status::error(StatusCode::not_implemented,
@@ -173,6 +179,9 @@ void direct_to_partials(const CombineProblem& merge, ForwardArguments* a) {
   a->partial_stride_row = merge.out_partial.stride_row;
 }
 
+/// Few query rows, and paged keys of any kind, are the decode kernel's.
+bool is_decode(const ForwardProblem& p) { return decode_serves(p) || p.keys.page_table != nullptr; }
+
 bool is_empty(const ForwardProblem& p) { return p.batch == 0 || p.rows_q == 0 || p.heads_q == 0; }
 
 }  // namespace
@@ -183,7 +192,8 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
     return Status::error(StatusCode::value_error, "sm_margin: expected less than %d, got %d",
                          device.sm_count, p.sm_margin);
   }
-  const ForwardInstance* instance = find_forward(p.query.dtype, p.head_dim, p.head_dim_v);
+  if (is_decode(p)) return plan_decode(p, device, plan);
+  const ForwardInstance* instance = instance_for(p);
   if (instance == nullptr) {
     return Status::error(StatusCode::not_implemented,
                          "v: expected a head dim of at most that of the compiled pair, got %lld",
@@ -215,8 +225,9 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
 }
 
 Status forward(const ForwardProblem& p, const Plan& plan, const ExecutionContext& context) {
+  if (is_decode(p)) return run_decode(p, plan, context);
   if (is_empty(p)) return {};
-  const ForwardInstance* instance = find_forward(p.query.dtype, p.head_dim, p.head_dim_v);
+  const ForwardInstance* instance = instance_for(p);
   const cudaStream_t stream = stream_of(context);
   char* workspace = static_cast<char*>(context.workspace);
   ForwardArguments a{};

@@ -63,9 +63,8 @@ def tensors(device, dims, layout):
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_same_bits(dims, layout, mask, deterministic, device, needs, repetitions):
+def test_same_bits(dims, layout, mask, deterministic, device, repetitions):
     """deterministic=True: everything. False: dq, dk and dv may vary in their last bits on CUDA."""
-    needs("forward", "backward")
     inputs, seeds, arguments = tensors(device, dims, layout)
     function = sinkattn.flash_attn_varlen_func if arguments else sinkattn.flash_attn_func
     leaves = [x.requires_grad_() for x in inputs]
@@ -91,9 +90,8 @@ def test_same_bits(dims, layout, mask, deterministic, device, needs, repetitions
 
 
 @pytest.mark.parametrize("splits", [3, 17])
-def test_splits_same_bits(splits, device, needs, repetitions):
+def test_splits_same_bits(splits, device, repetitions):
     """A decode step over a split cache."""
-    needs("forward", "kvcache")
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, 1, 8, 64, generator=g).to(device, torch.bfloat16)
     k, v = (torch.randn(2, 1500, 2, 64, generator=g).to(device, torch.bfloat16) for _ in range(2))

@@ -36,15 +36,6 @@ def require_memory(gib: float) -> None:
         pytest.skip(f"needs {gib} GiB of GPU memory, {free:.0f} are free")
 
 
-def missing(cuda, *features):
-    """What conftest.py lists as not built for CUDA skips, as in the other suites."""
-    from conftest import NOT_YET_ON_CUDA
-
-    for feature in features:
-        if feature in NOT_YET_ON_CUDA:
-            pytest.skip(f"not yet on CUDA: {NOT_YET_ON_CUDA[feature]}")
-
-
 def normal(*shape, seed=0, dtype=torch.bfloat16):
     g = torch.Generator("cuda").manual_seed(seed)
     return torch.randn(*shape, device="cuda", dtype=dtype, generator=g)
@@ -138,7 +129,6 @@ def check(problem: Formulas, rows, keys) -> None:
 
 @pytest.mark.full
 def test_more_than_2_31_elements_of_keys(cuda):
-    missing(cuda, "forward", "backward")
     require_memory(45)
     h, hk, d, sq = 16, 8, 128, 128
     border = LIMIT // (hk * d)  # the first key whose elements lie beyond 2^31
@@ -155,7 +145,6 @@ def test_more_than_2_31_elements_of_keys(cuda):
 
 @pytest.mark.full
 def test_more_than_2_31_elements_of_queries(cuda):
-    missing(cuda, "forward", "backward")
     require_memory(45)
     h, hk, d = 64, 8, 128
     border = LIMIT // (h * d)
@@ -176,7 +165,6 @@ def test_more_than_2_31_elements_of_queries(cuda):
 def test_more_than_2_31_rows(cuda):
     """b * h * sq > 2^31 with d 8: LSE offsets. All batch entries are the same memory, so the
     results must be the same bits, wherever they are written."""
-    missing(cuda, "forward")
     require_memory(50)
     b, s, h, d = 2048, 16400, 64, 8
     assert b * s * h > LIMIT
@@ -196,7 +184,6 @@ def test_more_than_2_31_rows(cuda):
 @pytest.mark.full
 def test_pages_beyond_2_32_elements(cuda):
     """page * stride > 2^32; all pages that are not in the table hold NaN."""
-    missing(cuda, "forward", "kvcache")
     require_memory(25)
     page_size, hk, d = 256, 8, 128
     pages = 2**32 // (page_size * hk * d) + 8

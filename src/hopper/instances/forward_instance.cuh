@@ -11,15 +11,16 @@ namespace sinkattn::hopper {
 
 inline constexpr int max_shared_bytes = 232448;  // per block, compute capability 9.0
 
-template <class T, int HeadDim, int HeadDimV>
+template <class T, int HeadDim, int HeadDimV, ForwardUse Use = ForwardUse::general>
 ForwardInstance forward_instance(const char* name) {
-  using Config = ForwardConfig<T, HeadDim, HeadDimV, ForwardTile<HeadDim, HeadDimV>::shape>;
+  using Config = ForwardConfig<T, HeadDim, HeadDimV, ForwardTile<HeadDim, HeadDimV, Use>::shape>;
   static_assert(sizeof(ForwardSmem<Config>) <= max_shared_bytes);
   constexpr DType dtype = std::is_same_v<T, __half> ? DType::float16 : DType::bfloat16;
   return {name,
           dtype,
           HeadDim,
           HeadDimV,
+          Use,
           Config::tile_m,
           Config::tile_n,
           Config::threads,

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/problem.h"
+#include "hopper/kernels/forward_config.h"
 #include "sinkattn/status.h"
 
 namespace sinkattn::hopper {
@@ -55,13 +56,16 @@ struct ForwardInstance {
   const char* name;
   DType dtype;
   int head_dim, head_dim_v;
+  ForwardUse use;
   int tile_m, tile_n;
   int threads;
   int shared_bytes;
   const void* kernel;
 };
 
-/// The instance for these dimensions, rounded up to a compiled pair; null if there is none.
-const ForwardInstance* find_forward(DType dtype, std::int64_t head_dim, std::int64_t head_dim_v);
+/// The instance for these dimensions, rounded up to a compiled pair, and for this use if there is
+/// one; null if no pair is large enough.
+const ForwardInstance* find_forward(DType dtype, std::int64_t head_dim, std::int64_t head_dim_v,
+                                    ForwardUse use);
 
 }  // namespace sinkattn::hopper

@@ -10,6 +10,13 @@ namespace sinkattn::hopper {
 /// follows interleaves with packing the probabilities, which must wait for that product.
 enum class Hidden { nothing, maximum, exponentials };
 
+/// What a problem may ask for beside the general tile of its head dims.
+enum class ForwardUse {
+  general,
+  window,  ///< a left window or a chunk: few key blocks per tile
+  short_keys,
+};
+
 struct ForwardShape {
   int tile_n;        ///< keys per block
   int warpgroups;    ///< consumers of 64 query rows each
