@@ -29,7 +29,6 @@ struct Plan {
   int tile_m = 0;         ///< query rows per tile
   int tile_n = 0;         ///< keys per tile
   int grid = 0;           ///< CUDA: blocks of the main kernel
-  int cluster = 1;        ///< CUDA: blocks of a cluster
   char kernel[96] = {};   ///< name of the main kernel (instance)
   char reason[256] = {};  ///< why this one, as one printable line
 };

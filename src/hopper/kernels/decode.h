@@ -64,8 +64,7 @@ struct DecodeParams {
   FastDivisor page_size, by_group;
   int row_tiles;       ///< of the longest sequence
   int splits;          ///< n: every row tile in n pieces; 0: work shared out evenly over the grid
-  int cluster;         ///< > 1: the pieces of a row tile are the blocks of a cluster; == splits
-  int min_tiles;       ///< balanced: key tiles per block, at least
+  int min_tiles;       ///< key tiles of a piece, at least; fewer pieces if there are too few
   float* partial_out;  ///< (slot, row, column), normalised, sink-free
   float* partial_lse;  ///< (slot, row)
   DecodeCut* cuts;     ///< null: no row tile is shared by blocks that do not merge at once
@@ -77,7 +76,6 @@ struct DecodeLaunch {
   int rows = 0;                    ///< packed query rows of a block: 16 or 32
   int tile_keys = 0;               ///< keys that the warps of a block take in one step
   int splits = 1;                  ///< as in DecodeParams
-  int cluster = 1;
   int row_tiles = 1;               ///< of the longest sequence
   int grid = 0;
   int cuts = 0;                    ///< entries of the list for the merge
@@ -95,8 +93,8 @@ Status restore_decode_launch(const ForwardProblem& problem, const Plan& plan, De
 Status launch_decode(const ForwardProblem& problem, const DecodeLaunch& launch, void* workspace,
                      cudaStream_t stream);
 
-/// One per file in src/hopper/instances. Cluster: the tuning for pieces merged in a cluster.
-template <int Columns, int ColumnsV, int RowTiles, bool Cluster, bool Bf16>
+/// One per file in src/hopper/instances.
+template <int Columns, int ColumnsV, int RowTiles, bool Bf16>
 Status launch_decode_instance(const DecodeParams& params, int grid, cudaStream_t stream);
 
 /// Fills output rows with 0 and LSE with -inf, before the decode kernel.

@@ -12,7 +12,9 @@
 namespace sinkattn::hopper {
 namespace {
 
-constexpr int block_warps = 8;
+constexpr int row_warps = 2;    // that share the pieces of a row
+constexpr int block_rows = 8;   // at a time
+constexpr int block_threads = 32 * row_warps * block_rows;
 constexpr int loads_in_flight = 8;  // of a lane, 16 bytes each
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr float log2e = 1.4426950408889634f;
@@ -86,6 +88,16 @@ __device__ float4 add_pieces(const DecodeMerge& p, const DecodeCut& cut, int row
   return sum;
 }
 
+__device__ float4 add(const float4& a, const float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+/// The value of the lane 16 away.
+__device__ float4 swap_halves(const float4& a) {
+  return {__shfl_xor_sync(all_lanes, a.x, 16), __shfl_xor_sync(all_lanes, a.y, 16),
+          __shfl_xor_sync(all_lanes, a.z, 16), __shfl_xor_sync(all_lanes, a.w, 16)};
+}
+
 __device__ void store_columns(const DecodeMerge& p, std::int64_t at, const float4& x) {
   if (p.out.dtype == DType::bfloat16) {
     __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
@@ -98,11 +110,12 @@ __device__ void store_columns(const DecodeMerge& p, std::int64_t at, const float
   }
 }
 
-/// One block per entry of the list, one warp per row. With at most 64 columns the two halves of a
-/// warp take every other piece.
-__global__ void __launch_bounds__(32 * block_warps)
+/// One block per entry of the list, two warps per row. With at most 64 columns the halves of a warp
+/// share the pieces as well.
+__global__ void __launch_bounds__(block_threads, 2)
     decode_merge_kernel(const __grid_constant__ DecodeMerge p) {
-  __shared__ float weights[block_warps][decode_max_splits];
+  __shared__ float weights[row_warps * block_rows][decode_max_splits];
+  __shared__ float4 exchange[block_rows][32];
   ptx::wait_for_previous_grid();
   ptx::launch_dependent_grids();
   const DecodeCut cut = p.cuts[blockIdx.x];
@@ -111,29 +124,37 @@ __global__ void __launch_bounds__(32 * block_warps)
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int halves = p.columns <= 64 ? 2 : 1;
   const int lanes = 32 / halves;
-  for (int r = warp; r < cut.rows; r += block_warps) {
-    const int row = cut.first_row + r;
+  const int first = warp % row_warps * halves + lane / lanes;
+  for (int base = 0; base < cut.rows; base += block_rows) {
+    const int r = base + warp / row_warps;
+    const bool used = r < cut.rows;
+    const int row = cut.first_row + (used ? r : 0);
     const int head = cut.kv_head * p.group + row % p.group;
     const std::int64_t q = cut.first_q + row / p.group;
     const std::int64_t batch = p.packed_q ? 0 : cut.b;
-    const MergedLse merged = weigh(p, cut, r, load_sink(p.sink, head), weights[warp]);
-    for (int column = 4 * (lane % lanes); column < p.columns; column += 4 * lanes) {
-      float4 sum = add_pieces(p, cut, r, column, weights[warp], lane / lanes, halves);
-      if (halves == 2) {
-        sum.x += __shfl_xor_sync(all_lanes, sum.x, 16);
-        sum.y += __shfl_xor_sync(all_lanes, sum.y, 16);
-        sum.z += __shfl_xor_sync(all_lanes, sum.z, 16);
-        sum.w += __shfl_xor_sync(all_lanes, sum.w, 16);
+    MergedLse merged = {};
+    if (used) merged = weigh(p, cut, r, load_sink(p.sink, head), weights[warp]);
+#pragma unroll 1
+    for (int from = 0; from < p.columns; from += 4 * lanes) {
+      const int column = from + 4 * (lane % lanes);
+      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (used && column < p.columns) {
+        sum = add_pieces(p, cut, r, column, weights[warp], first, row_warps * halves);
       }
-      if (lane >= lanes || column >= p.head_dim_v) continue;
-      sum = {sum.x * merged.factor, sum.y * merged.factor, sum.z * merged.factor,
-             sum.w * merged.factor};
-      store_columns(p, p.out.offset(batch, q, head) + column, sum);
+      if (halves == 2) sum = add(sum, swap_halves(sum));
+      if (warp % row_warps == 1) exchange[warp / row_warps][lane] = sum;
+      __syncthreads();  // the second warp of each row has left its sum
+      if (used && warp % row_warps == 0 && lane < lanes && column < p.head_dim_v) {
+        sum = add(sum, exchange[warp / row_warps][lane]);
+        store_columns(p, p.out.offset(batch, q, head) + column,
+                      {sum.x * merged.factor, sum.y * merged.factor, sum.z * merged.factor,
+                       sum.w * merged.factor});
+      }
+      __syncthreads();  // the sums are read
     }
-    if (lane == 0 && p.lse.data != nullptr) {
+    if (used && warp % row_warps == 0 && lane == 0 && p.lse.data != nullptr) {
       static_cast<float*>(p.lse.data)[p.lse.offset(batch, head, q)] = merged.lse;
     }
-    __syncwarp();  // the weights are free
   }
 }
 
@@ -141,7 +162,7 @@ __global__ void __launch_bounds__(32 * block_warps)
 
 Status launch_decode_merge(const DecodeMerge& merge, int entries, cudaStream_t stream) {
   return launch_dependent("decode_merge_kernel", decode_merge_kernel,
-                          LaunchSize{entries, 32 * block_warps}, stream, merge);
+                          LaunchSize{entries, block_threads}, stream, merge);
 }
 
 }  // namespace sinkattn::hopper
