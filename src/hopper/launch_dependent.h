@@ -15,17 +15,17 @@ struct LaunchSize {
   int shared_bytes = 0;
 };
 
+/// Once per kernel, device and thread: allows `shared_bytes` of shared memory, and asks for the
+/// largest share of L1 as shared memory. Kernels that follow each other closely must agree on that
+/// share: an SM drains before it changes it, and then nothing overlaps.
+Status prepare_launch(const void* kernel, const char* name, int shared_bytes);
+
 /// The kernel must call ptx::wait_for_previous_grid() before it touches memory.
 template <class... Arguments>
 Status launch_dependent(const char* name, void (*kernel)(Arguments...), const LaunchSize& size,
                         cudaStream_t stream, const Arguments&... arguments) {
-  if (size.shared_bytes > 48 * 1024) {
-    // A fraction of a microsecond, and right for every device.
-    SINKATTN_RETURN_IF_ERROR(cuda_status(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             size.shared_bytes),
-        name));
-  }
+  SINKATTN_RETURN_IF_ERROR(
+      prepare_launch(reinterpret_cast<const void*>(kernel), name, size.shared_bytes));
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

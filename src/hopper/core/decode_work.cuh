@@ -22,14 +22,8 @@ namespace sinkattn::hopper {
 struct DecodePiece {
   int b, kv_head, row_tile;
   int key_begin, key_end;
-  int index, count;                    ///< this piece, and how many the row tile has
-  std::int64_t slot_first, slot_rest;  ///< workspace slots: of piece 0; of piece i is
-  int slot_step;                       ///< slot_rest + i * slot_step
-  int entry;                           ///< of the row tile in the list of what is to be merged
-
-  __device__ std::int64_t slot(int i) const {
-    return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
-  }
+  int index, count;  ///< this piece, and how many the row tile has
+  int entry;         ///< of the row tile in the list of what is to be merged
 };
 
 /// One sequence as the kernel needs it; equal in all threads.
@@ -130,9 +124,6 @@ class DecodeWork {
       cut.kv_head = piece.kv_head;
       cut.first_row = piece.row_tile * RowTile;
       cut.rows = min(RowTile, sequence.rows - cut.first_row);
-      cut.slot_first = piece.slot_first;
-      cut.slot_rest = piece.slot_rest;
-      cut.slot_step = piece.slot_step;
     }
     p.cuts[p.splits > 0 ? piece.entry : static_cast<int>(blockIdx.x)] = cut;
   }
@@ -162,8 +153,6 @@ class DecodeWork {
     const int longer = tiles - least * piece.count;
     const int first = piece.index * least + min(piece.index, longer);
     set_keys(keys, first, first + least + (piece.index < longer ? 1 : 0));
-    piece.slot_first = piece.slot_rest = static_cast<std::int64_t>(piece.entry) * p.splits;
-    piece.slot_step = 1;
     return true;
   }
 
@@ -193,10 +182,6 @@ class DecodeWork {
     set_keys(sequence.keys_of_tile(p, piece.row_tile), tile_, tile_ + take);
     piece.index = static_cast<int>(blockIdx.x - first);
     piece.count = static_cast<int>(last - first + 1);
-    // A block begins at most one row tile that others continue, and continues at most one.
-    piece.slot_first = 2 * first + 1;
-    piece.slot_rest = 2 * first;
-    piece.slot_step = 2;
     piece.entry = static_cast<int>(first);
     part_begins_cut_ = piece.index == 0 && piece.count > 1;
     left_ -= take;

@@ -139,6 +139,7 @@ Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch,
   merge.partial_out = params.partial_out;
   merge.partial_lse = params.partial_lse;
   merge.cuts = params.cuts;
+  merge.splits = launch.splits;
   merge.tile_rows = launch.rows;
   merge.columns = launch.columns_v;
   merge.group = params.group;

@@ -169,7 +169,8 @@ __device__ void finish_piece(const DecodeParams& p, const DecodePiece& piece,
     if (piece.count == 1) {
       finish_row<typename C::Element>(p, rows, row, column, merged);
     } else {
-      store_piece<C::rows, C::ColumnsV>(p, piece.slot(piece.index), row, column, merged);
+      const std::int64_t slot = DecodeSlots(p.splits, piece.entry).of(piece.index);
+      store_piece<C::rows, C::ColumnsV>(p, slot, row, column, merged);
     }
   }
 }

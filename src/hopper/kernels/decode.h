@@ -31,20 +31,30 @@ struct FastDivisor {
 #endif
 };
 
-/// A row tile whose pieces several blocks have written to the workspace: one entry of the list that
-/// the merge works off. pieces 0: nothing to do.
-struct DecodeCut {
-  std::int64_t first_q;  ///< row of position 0 in the query tensor
-  std::int64_t slot_first, slot_rest;
-  int slot_step, pieces;
-  int b, kv_head;
-  int first_row, rows;  ///< packed rows of the sequence
+/// Workspace slots of the pieces of one row tile, the entry-th of the list for the merge. Balanced,
+/// entry is the block that has piece 0; a block has two slots, for the row tile that it continues
+/// and for the one that it begins.
+struct DecodeSlots {
+  std::int64_t first, rest;
+  int step;
 
 #if defined(__CUDACC__)
-  __device__ std::int64_t slot(int i) const {
-    return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
+  __device__ DecodeSlots(int splits, int entry)
+      : first(splits > 0 ? std::int64_t{entry} * splits : 2 * std::int64_t{entry} + 1),
+        rest(splits > 0 ? first : first - 1),
+        step(splits > 0 ? 1 : 2) {}
+  __device__ std::int64_t of(int piece) const {
+    return piece == 0 ? first : rest + std::int64_t{piece} * step;
   }
 #endif
+};
+
+/// A row tile whose pieces several blocks have written to the workspace: one entry of the list that
+/// the merge works off. At most one piece: nothing to do.
+struct DecodeCut {
+  std::int64_t first_q;  ///< row of position 0 in the query tensor
+  int pieces, b, kv_head;
+  int first_row, rows;  ///< packed rows of the sequence
 };
 
 /// What the kernel reads; passed by value.
@@ -113,6 +123,7 @@ struct DecodeMerge {
   const float* partial_out;
   const float* partial_lse;
   const DecodeCut* cuts;
+  int splits;  ///< as in DecodeParams
   int tile_rows, columns, group, head_dim_v;
   bool packed_q;
 };
