@@ -64,7 +64,14 @@ __device__ __forceinline__ void probabilities(float (&s)[Registers], const Backw
   }
 }
 
-/// The same with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS
+/// A wgmma wait has no operands, and ptxas moves it up over the arithmetic that should run ahead of
+/// it. It does not move it over a branch on a result: probabilities are never negative.
+template <int Registers>
+__device__ __forceinline__ void hold_wait_below(const float (&p)[Registers]) {
+  if (p[Registers - 1] < 0.0f) __trap();
+}
+
+/// probabilities() with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS
 /// is proportional to.
 template <class T, class Statistics, int Blocks>
 __device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks],
