@@ -119,19 +119,25 @@ Status plan_schedule(const ScheduleParams& params, const DeviceProperties& devic
   SINKATTN_RETURN_IF_ERROR(check_schedule(params));
   SINKATTN_RETURN_IF_ERROR(check_device(params.cache_seqlens.device.type, device));
   *plan = {};
+#if SINKATTN_WITH_CUDA
   if (device.device.type == DeviceType::cuda) {
-    return Status::error(StatusCode::not_implemented,
-                         "cache_seqlens: expected a CPU tensor (the split-KV scheduler has no CUDA "
-                         "kernel yet), got a CUDA tensor");
+    return guarded([&]() { return hopper::plan_schedule(params, device, plan); });
   }
+#endif
   std::snprintf(plan->kernel, sizeof(plan->kernel), "cpu_schedule");
   std::snprintf(plan->reason, sizeof(plan->reason), "one word per sequence: its number of splits");
   return {};
 }
 
-Status schedule(const ScheduleParams& params, const Plan& plan, const ExecutionContext&) {
+Status schedule(const ScheduleParams& params, const Plan& plan, const ExecutionContext& context) {
   SINKATTN_RETURN_IF_ERROR(check_schedule(params));
   SINKATTN_RETURN_IF_ERROR(check_backend(plan, params.cache_seqlens.device.type));
+#if SINKATTN_WITH_CUDA
+  if (plan.backend == Backend::hopper) {
+    return guarded([&]() { return hopper::schedule(params, plan, context); });
+  }
+#endif
+  (void)context;
   // The CPU backend runs a sequence in one piece unless it is told a number of splits.
   std::int32_t* words = params.metadata.as<std::int32_t>();
   const std::int32_t splits = params.num_splits > 0 ? params.num_splits : 1;

@@ -30,6 +30,8 @@ Status plan_backward(const BackwardProblem& problem, const DeviceProperties& dev
 Status backward(const BackwardProblem& problem, const Plan& plan, const ExecutionContext& context);
 Status plan_append_kv(const AppendProblem& problem, const DeviceProperties& device, Plan* plan);
 Status append_kv(const AppendProblem& problem, const Plan& plan, const ExecutionContext& context);
+Status plan_schedule(const ScheduleParams& params, const DeviceProperties& device, Plan* plan);
+Status schedule(const ScheduleParams& params, const Plan& plan, const ExecutionContext& context);
 Status plan_combine(const CombineProblem& problem, const DeviceProperties& device, Plan* plan);
 Status combine(const CombineProblem& problem, const Plan& plan, const ExecutionContext& context);
 }  // namespace hopper

@@ -27,7 +27,7 @@ class Case:
     causal: bool = False
     window_left: int = -1
     window_right: int = -1
-    lengths: tuple[int, ...] = ()  # packed (varlen) sequences; batch == len(lengths)
+    lengths: tuple[int, ...] = ()  # of packed sequences, or used slots of a cache; len == batch
     dtype: str = "bfloat16"
     timing: str = "eager"  # eager | graph
     decode: bool = False
@@ -41,6 +41,10 @@ class Case:
         return (self.window_left, self.window_right)
 
     @property
+    def packed(self) -> bool:
+        return bool(self.lengths) and not self.decode
+
+    @property
     def label(self) -> str:
         dim = str(self.headdim)
         if self.headdim_v != self.headdim:
@@ -48,6 +52,8 @@ class Case:
         size = f"{self.batch}x{self.seqlen_k}"
         if self.lengths:
             size = f"varlen {sum(self.lengths)} in {self.batch}"
+        if self.seqlen_q > 1 and self.decode:
+            size += f" q{self.seqlen_q}"
         mask = self.mask
         if self.window_left >= 0:
             mask = f"W={self.window_left + 1}"
@@ -56,7 +62,7 @@ class Case:
     def visible_pairs(self) -> int:
         """(query, key) pairs that are visible, per head, summed over the batch."""
         if self.lengths:
-            return sum(_pairs(n, n, self) for n in self.lengths)
+            return sum(_pairs(self.seqlen_q if self.decode else n, n, self) for n in self.lengths)
         return self.batch * _pairs(self.seqlen_q, self.seqlen_k, self)
 
     def flops(self, direction: str) -> float:
@@ -68,8 +74,11 @@ class Case:
     def bytes(self, direction: str) -> float:
         """Mandatory traffic: every input read once, every output written once."""
         size = 4 if self.dtype == "float32" else 2
-        rows_q = sum(self.lengths) if self.lengths else self.batch * self.seqlen_q
-        rows_k = sum(self.lengths) if self.lengths else self.batch * self.seqlen_k
+        rows_q = sum(self.lengths) if self.packed else self.batch * self.seqlen_q
+        keys = self.lengths or (self.seqlen_k,) * self.batch
+        if self.decode and self.window_left >= 0:  # the rest of the cache is never read
+            keys = tuple(min(n, self.window_left + self.seqlen_q) for n in keys)
+        rows_k = sum(keys)
         query = rows_q * self.heads_q * self.headdim * size
         out = rows_q * self.heads_q * self.headdim_v * size
         key_value = rows_k * self.heads_kv * (self.headdim + self.headdim_v) * size
@@ -139,13 +148,27 @@ def training_cases() -> list[Case]:
     ]
 
 
+def mixed_lengths(count: int, shortest: int = 128, longest: int = 32768) -> tuple[int, ...]:
+    """Lengths of `count` sequences, even on a logarithmic scale, in a fixed shuffled order."""
+    steps = [shortest * (longest / shortest) ** (i / (count - 1)) for i in range(count)]
+    return tuple(int(steps[(i * 37) % count]) for i in range(count))  # 37 is coprime to 64
+
+
 def decode_cases() -> list[Case]:
-    """One query token against a cache, GPT-OSS heads."""
+    """One query token (or a few) against a cache, GPT-OSS heads."""
     shapes = [(1, 4096), (1, 32768), (1, 131072), (16, 4096), (64, 4096), (16, 32768), (128, 8192)]
+
+    def case(batch, context, headdim, queries=1, **options):
+        shape = (batch, queries, context, 64, 8, headdim, headdim)
+        return Case("decode", *shape, causal=True, timing="graph", decode=True, **options)
+
+    mixed = mixed_lengths(64)
     return [
-        Case("decode", b, 1, s, 64, 8, d, d, causal=True, timing="graph", decode=True)
-        for d in (64, 128)
-        for b, s in shapes
+        *(case(b, s, d) for d in (64, 128) for b, s in shapes),
+        case(64, max(mixed), 64, lengths=mixed),
+        case(64, 4096, 64, window_left=127),
+        case(64, 16384, 64, window_left=127),
+        case(16, 4096, 64, queries=4),
     ]
 
 

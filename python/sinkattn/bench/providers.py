@@ -43,8 +43,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     def normal(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-    head = (sum(case.lengths),) if case.lengths else (case.batch, case.seqlen_q)
-    head_k = (sum(case.lengths),) if case.lengths else (case.batch, case.seqlen_k)
+    head = (sum(case.lengths),) if case.packed else (case.batch, case.seqlen_q)
+    head_k = (sum(case.lengths),) if case.packed else (case.batch, case.seqlen_k)
     inputs = Inputs(
         query=normal(*head, case.heads_q, case.headdim),
         key=normal(*head_k, case.heads_kv, case.headdim),
@@ -52,13 +52,12 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         dout=normal(*head, case.heads_q, case.headdim_v),
         sink=2 * normal(case.heads_q, dtype=torch.float32),
     )
-    if case.lengths:
+    if case.packed:
         ends = torch.tensor((0, *case.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         inputs.cu_seqlens = ends.to(device)
     if case.decode:
-        inputs.cache_seqlens = torch.full(
-            (case.batch,), case.seqlen_k, dtype=torch.int32, device=device
-        )
+        lengths = case.lengths or (case.seqlen_k,) * case.batch
+        inputs.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     return inputs
 
 
@@ -133,7 +132,7 @@ class SinkAttn(Provider):
                 )
 
             return decode
-        if case.lengths:
+        if case.packed:
             longest = max(case.lengths)
 
             def varlen(q, k, v, sink):
@@ -146,6 +145,47 @@ class SinkAttn(Provider):
         return lambda q, k, v, sink: sinkattn.flash_attn_func(
             q, k, v, learnable_sink=sink_of(sink), **options
         )
+
+
+class SinkAttnPaged(Provider):
+    """This library against a paged cache whose pages lie in memory in random order."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.name = f"sinkattn-page{page_size}"
+
+    def version(self) -> str:
+        return importlib.import_module("sinkattn").__version__
+
+    def forward_function(self, case: Case, inputs: Inputs) -> Forward:
+        import sinkattn
+
+        if not case.decode:
+            raise UnsupportedError("decode only")
+        if case.seqlen_k % self.page_size:
+            raise UnsupportedError(f"{case.seqlen_k} slots are not whole pages")
+        pages = case.batch * case.seqlen_k // self.page_size
+        generator = torch.Generator(device=inputs.key.device).manual_seed(1)
+        order = torch.randperm(pages, generator=generator, device=inputs.key.device)
+        pools = []
+        for cache in (inputs.key, inputs.value):
+            pool = torch.empty_like(cache).view(pages, self.page_size, *cache.shape[2:])
+            pool[order] = cache.view_as(pool)
+            pools.append(pool)
+        table = order.view(case.batch, -1).to(torch.int32)
+
+        def decode(q, k, v, sink):
+            return sinkattn.flash_attn_with_kvcache(
+                q,
+                *pools,
+                cache_seqlens=inputs.cache_seqlens,
+                page_table=table,
+                causal=True,
+                window_size=case.window_size,
+                learnable_sink=sink,
+            )
+
+        return decode
 
 
 class Sdpa(Provider):
@@ -288,7 +328,7 @@ class FlashAttention3(Provider):
             return lambda q, k, v, sink: first(
                 fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=inputs.cache_seqlens, **options)
             )
-        if case.lengths:
+        if case.packed:
             longest = max(case.lengths)
             cu = inputs.cu_seqlens
             return lambda q, k, v, sink: first(
@@ -324,6 +364,8 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "sinkattn": SinkAttn,
     "sinkattn-nosink": lambda: SinkAttn(with_sink=False),
     "sinkattn-deterministic": lambda: SinkAttn(deterministic=True),
+    "sinkattn-page64": lambda: SinkAttnPaged(64),
+    "sinkattn-page16": lambda: SinkAttnPaged(16),
     "sdpa-cudnn": lambda: Sdpa("cudnn"),
     "sdpa-flash": lambda: Sdpa("flash"),
     "sdpa-math": lambda: Sdpa("math"),
@@ -333,6 +375,9 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "fa4+sink": FlashAttention4,
 }
 DEFAULTS = {
-    "cuda": ("sinkattn", "sdpa-cudnn", "sdpa-flash", "flex+sink", "fa3", "fa4+sink"),
+    "cuda": (
+        *("sinkattn", "sinkattn-page64", "sinkattn-page16"),
+        *("sdpa-cudnn", "sdpa-flash", "flex+sink", "fa3", "fa4+sink"),
+    ),
     "cpu": ("sinkattn", "eager", "sdpa-flash"),
 }

@@ -26,6 +26,8 @@ def label(row: Row) -> str:
     size = f"{row['batch']}x{row['seqlen_k']}"
     if row["varlen"]:
         size = f"varlen {sum(map(int, str(row['varlen']).split('+')))}"
+    if row["direction"] == "decode" and int(row["seqlen_q"]) > 1:
+        size += f" q{row['seqlen_q']}"
     mask = f"W={int(row['window_left']) + 1}" if int(row["window_left"]) >= 0 else row["mask"]
     dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(row["dtype"])]
     return f"{row['direction']} {size} {row['heads_q']}/{row['heads_kv']} d{dim} {mask} {dtype}"

@@ -55,7 +55,7 @@ def reference(case: Case, inputs: Inputs, with_sink: bool, backward: bool) -> Re
 
 
 def _sequences(case: Case):
-    if case.lengths:
+    if case.packed:
         start = 0
         for length in case.lengths:
             rows = slice(start, start + length)
@@ -63,7 +63,7 @@ def _sequences(case: Case):
             start += length
     else:
         for b in range(case.batch):
-            yield b, b
+            yield b, (b, slice(0, case.lengths[b])) if case.lengths else b
 
 
 def _one_sequence(case: Case, q, k, v, sink, dout) -> Reference:

@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which piece of the work a decode block does. A row tile (sequence, tile of packed query rows, KV
+// head) is cut along its keys into pieces. Two ways of cutting:
+//   splits = n   every row tile in n equal pieces, one block each. With n = 1 a row's result depends
+//                on nothing but the row.
+//   cluster = n  the same, but the pieces are the blocks of a cluster, which merge them on the spot.
+//   splits = 0   all key tiles of the batch in one line (sequence, row tile, KV head fastest), the
+//                line cut in equal parts, one per block of a grid that fills the machine once. A
+//                block ends the row tile it starts in, does whole ones, and begins a last one.
+// Lengths are read here, on the device, and every value that comes from an index tensor is clamped
+// by common/sequence.h.
+#pragma once
+
+#include <cstdint>
+
+#include "common/sequence.h"
+#include "hopper/decode_tuning.h"
+#include "hopper/kernels/decode.h"
+
+namespace sinkattn::hopper {
+
+/// Keys [begin, end) of one row tile, as tokens of the sequence, and where their result goes.
+struct DecodePiece {
+  int b, kv_head, row_tile;
+  int key_begin, key_end;
+  int index, count;                    ///< this piece, and how many the row tile has
+  std::int64_t slot_first, slot_rest;  ///< workspace slots: of piece 0; of piece i is
+  int slot_step;                       ///< slot_rest + i * slot_step
+  int entry;                           ///< of the row tile in the list of what is to be merged
+
+  __device__ std::int64_t slot(int i) const {
+    return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
+  }
+};
+
+/// One sequence as the kernel needs it; equal in all threads.
+template <int RowTile, int TileKeys>
+struct DecodeSequence {
+  int rows;              ///< packed query rows: positions * group
+  int length_q, length_k;
+  std::int64_t first_q;  ///< row of position 0 in the query tensor
+  int first_slot;        ///< slot of token 0
+  int key_tiles;         ///< of the keys that any row sees; at least 1
+
+  DecodeSequence() = default;
+
+  __device__ DecodeSequence(const DecodeParams& p, int b) {
+    const SequenceInfo q = resolve_sequence(p.side_q, b);
+    const SequenceInfo k = resolve_sequence(p.side_k, b);
+    length_q = static_cast<int>(q.length);
+    length_k = static_cast<int>(k.length);
+    first_q = q.first_row;
+    first_slot = static_cast<int>(k.first_row);
+    rows = length_q * p.group;
+    key_tiles = tiles_of(keys_of(p, 0, rows - 1));
+  }
+
+  __device__ int row_tiles() const { return (rows + RowTile - 1) / RowTile; }
+
+  /// Keys that packed rows first to last see (both ends of the interval never decrease).
+  __device__ Range keys_of(const DecodeParams& p, int first, int last) const {
+    if (last < first) return {};
+    const Range low = visible_keys(p.mask, p.by_group.divide(first), length_q, length_k);
+    const Range high = visible_keys(p.mask, p.by_group.divide(last), length_q, length_k);
+    return {low.begin, high.end};
+  }
+
+  __device__ static int tiles_of(const Range& keys) {
+    return keys.empty() ? 1 : static_cast<int>((keys.size() + TileKeys - 1) / TileKeys);
+  }
+
+  __device__ Range keys_of_tile(const DecodeParams& p, int row_tile) const {
+    const int first = row_tile * RowTile;
+    return keys_of(p, first, min(first + RowTile, rows) - 1);
+  }
+
+  /// Key tiles of all row tiles and KV heads: the sequence's share of the line.
+  __device__ std::int64_t line_length(const DecodeParams& p) const {
+    return static_cast<std::int64_t>(key_tiles) * row_tiles() * p.heads_kv;
+  }
+};
+
+/// The pieces of this block, in order. Lives in shared memory: thread 0 moves it on, all threads
+/// read the current piece from it where they need it instead of holding it in registers.
+template <int RowTile, int TileKeys, int Warps>
+class DecodeWork {
+ public:
+  using Sequence = DecodeSequence<RowTile, TileKeys>;
+  static constexpr int threads = 32 * Warps;
+
+  DecodePiece piece;
+  Sequence sequence;  ///< of the piece
+
+  /// By all threads, once, before next().
+  __device__ void begin(const DecodeParams& p) {
+    if (threadIdx.x == 0) {
+      left_ = 0;
+      b_ = unit_ = tile_ = 0;
+      line_ = 0;
+      part_begins_cut_ = false;
+    }
+    if (p.splits == 0) find_part(p);
+  }
+
+  /// By all threads: moves to the next piece, or returns false when the block is done.
+  __device__ bool next(const DecodeParams& p) {
+    __syncthreads();
+    if (threadIdx.x == 0) more_ = p.splits > 0 ? take_static(p) : take_balanced(p);
+    __syncthreads();
+    return more_;
+  }
+
+  /// By one thread at the end: the row tile that this block began and others continue, if any.
+  __device__ void list_cut(const DecodeParams& p) const {
+    DecodeCut cut = {};
+    if (p.splits > 0) {
+      if (piece.index != 0) return;
+      if (piece.row_tile < sequence.row_tiles()) cut.pieces = piece.count;
+    } else if (part_begins_cut_) {
+      cut.pieces = piece.count;
+    }
+    if (cut.pieces > 1) {
+      cut.first_q = sequence.first_q;
+      cut.b = piece.b;
+      cut.kv_head = piece.kv_head;
+      cut.first_row = piece.row_tile * RowTile;
+      cut.rows = min(RowTile, sequence.rows - cut.first_row);
+      cut.slot_first = piece.slot_first;
+      cut.slot_rest = piece.slot_rest;
+      cut.slot_step = piece.slot_step;
+    }
+    p.cuts[p.splits > 0 ? piece.entry : static_cast<int>(blockIdx.x)] = cut;
+  }
+
+ private:
+  /// Blocks of a row tile are neighbours in a cluster, and heads apart otherwise, so that blocks
+  /// which run together read neighbouring heads of the same tokens.
+  __device__ bool take_static(const DecodeParams& p) {
+    if (left_ < 0) return false;
+    left_ = -1;
+    int unit = blockIdx.x;
+    if (p.cluster > 1) {
+      piece.index = unit % p.splits;
+      unit /= p.splits;
+    } else {
+      piece.kv_head = unit % p.heads_kv;
+      piece.index = unit / p.heads_kv % p.splits;
+      unit = unit / p.heads_kv / p.splits * p.heads_kv + piece.kv_head;
+    }
+    piece.kv_head = unit % p.heads_kv;
+    piece.row_tile = unit / p.heads_kv % p.row_tiles;
+    piece.b = unit / p.heads_kv / p.row_tiles;
+    piece.entry = unit;
+    piece.count = p.splits;
+    sequence = Sequence(p, piece.b);
+    if (piece.row_tile >= sequence.row_tiles()) return false;
+    const Range keys = sequence.keys_of_tile(p, piece.row_tile);
+    const std::int64_t tiles = Sequence::tiles_of(keys);
+    set_keys(keys, tiles * piece.index / p.splits, tiles * (piece.index + 1) / p.splits);
+    piece.slot_first = piece.slot_rest = static_cast<std::int64_t>(unit) * p.splits;
+    piece.slot_step = 1;
+    return true;
+  }
+
+  __device__ void set_keys(const Range& keys, std::int64_t first_tile, std::int64_t end_tile) {
+    const std::int64_t begin = keys.begin + first_tile * TileKeys;
+    const std::int64_t end = keys.begin + end_tile * TileKeys;
+    piece.key_begin = static_cast<int>(min(begin, keys.end));
+    piece.key_end = max(static_cast<int>(min(end, keys.end)), piece.key_begin);
+  }
+
+  __device__ bool take_balanced(const DecodeParams& p) {
+    if (left_ <= 0) return false;
+    while (unit_ >= sequence.row_tiles() * p.heads_kv) {  // passes sequences without rows, too
+      line_ += sequence.line_length(p);
+      if (++b_ >= p.batch) return false;
+      sequence = Sequence(p, b_);
+      unit_ = 0;
+    }
+    const int tiles = sequence.key_tiles;
+    const std::int64_t unit_begin = line_ + static_cast<std::int64_t>(unit_) * tiles;
+    const std::int64_t first = unit_begin / part_;
+    const std::int64_t last = (unit_begin + tiles - 1) / part_;
+    const int take = static_cast<int>(min(left_, static_cast<std::int64_t>(tiles - tile_)));
+    piece.b = b_;
+    piece.kv_head = unit_ % p.heads_kv;
+    piece.row_tile = unit_ / p.heads_kv;
+    set_keys(sequence.keys_of_tile(p, piece.row_tile), tile_, tile_ + take);
+    piece.index = static_cast<int>(blockIdx.x - first);
+    piece.count = static_cast<int>(last - first + 1);
+    // A block begins at most one row tile that others continue, and continues at most one.
+    piece.slot_first = 2 * first + 1;
+    piece.slot_rest = 2 * first;
+    piece.slot_step = 2;
+    piece.entry = static_cast<int>(first);
+    part_begins_cut_ = piece.index == 0 && piece.count > 1;
+    left_ -= take;
+    tile_ = 0;
+    ++unit_;
+    return true;
+  }
+
+  /// Sum over the block, in every thread; `before` becomes the sum of earlier threads.
+  __device__ std::int64_t scan(std::int64_t value, std::int64_t* before) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    std::int64_t sum = value;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const std::int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += other;
+    }
+    __syncthreads();  // the previous use of sums_ is over
+    if (lane == 31) sums_[warp] = sum;
+    __syncthreads();
+    std::int64_t total = 0;
+    *before = sum - value;
+#pragma unroll
+    for (int w = 0; w < Warps; ++w) {
+      if (w < warp) *before += sums_[w];
+      total += sums_[w];
+    }
+    return total;
+  }
+
+  __device__ int block_max(int value) {
+    value = __reduce_max_sync(0xffffffffu, value);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) sums_[threadIdx.x / 32] = value;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < Warps; ++w) value = max(value, static_cast<int>(sums_[w]));
+    return value;
+  }
+
+  /// Length of the line, length of a part, and the sequence in which this block's part begins.
+  /// Every block finds the same numbers from the same lengths; nothing is exchanged.
+  __device__ void find_part(const DecodeParams& p) {
+    std::int64_t total = 0;
+    std::int64_t before = 0;
+    int longest = 1;
+    int shortest = 1 << 30;
+    for (int base = 0; base < p.batch; base += threads) {
+      const int b = base + static_cast<int>(threadIdx.x);
+      std::int64_t mine = 0;
+      if (b < p.batch) {
+        const Sequence candidate(p, b);
+        mine = candidate.line_length(p);
+        longest = max(longest, candidate.key_tiles);
+        shortest = min(shortest, candidate.key_tiles);
+      }
+      total += scan(mine, &before);
+    }
+    longest = block_max(longest);
+    shortest = -block_max(-shortest);
+    std::int64_t part = (total + gridDim.x - 1) / gridDim.x;
+    part = max(part, static_cast<std::int64_t>(p.min_tiles));
+    part = max(part, static_cast<std::int64_t>(longest / (decode_max_pieces - 2) + 1));
+    if (shortest == longest) part = whole_pieces(part, longest);
+    const std::int64_t start = part * blockIdx.x;
+    if (threadIdx.x == 0) {
+      part_ = part;
+      left_ = min(part, total - start);
+    }
+    if (start < total) find_sequence(p, start);
+  }
+
+  /// Equal sequences: a part of whole row tiles, or an equal piece of one, where that is at most
+  /// 1/16 longer. Fewer pieces are worth more than the last few per cent of balance.
+  __device__ static std::int64_t whole_pieces(std::int64_t part, int tiles) {
+    const std::int64_t rounded = part >= tiles ? (part + tiles - 1) / tiles * tiles
+                                               : (tiles + tiles / part - 1) / (tiles / part);
+    return rounded <= part + part / 16 ? rounded : part;
+  }
+
+  __device__ void find_sequence(const DecodeParams& p, std::int64_t start) {
+    std::int64_t line = 0;
+    for (int base = 0; base < p.batch; base += threads) {
+      const int b = base + static_cast<int>(threadIdx.x);
+      Sequence candidate;
+      std::int64_t mine = 0;
+      if (b < p.batch) {
+        candidate = Sequence(p, b);
+        mine = candidate.line_length(p);
+      }
+      std::int64_t before;
+      const std::int64_t sum = scan(mine, &before);
+      if (start < line + sum) {  // the same in all threads
+        before += line;
+        if (before <= start && start < before + mine) {
+          sequence = candidate;
+          b_ = b;
+          line_ = before;
+          unit_ = static_cast<int>((start - before) / candidate.key_tiles);
+          tile_ = static_cast<int>((start - before) % candidate.key_tiles);
+        }
+        return;
+      }
+      line += sum;
+    }
+  }
+
+  std::int64_t left_;  ///< key tiles of this block's part that are not taken; static: 0, then -1
+  std::int64_t line_;  ///< key tiles before sequence b_
+  std::int64_t part_;  ///< key tiles of a block
+  std::int64_t sums_[Warps];
+  int b_, unit_, tile_;
+  bool more_;
+  bool part_begins_cut_;
+};
+
+}  // namespace sinkattn::hopper

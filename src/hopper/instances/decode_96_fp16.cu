@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hopper/kernels/decode.cuh"
+
+namespace sinkattn::hopper {
+template Status launch_decode_instance<96, 96, 1, false, false>(const DecodeParams&, int,
+                                                              cudaStream_t);
+template Status launch_decode_instance<96, 96, 2, false, false>(const DecodeParams&, int,
+                                                              cudaStream_t);
+template Status launch_decode_instance<96, 96, 1, true, false>(const DecodeParams&, int,
+                                                              cudaStream_t);
+}  // namespace sinkattn::hopper

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decode kernel: few query rows against a long cache, at the speed of memory.
+//
+// A block holds one tile of packed query rows (row = position * group + head in group) of one KV
+// head and walks over its keys. Its four warps stream keys independently, each through a ring of
+// its own (core/decode_stream.cuh), keep a running softmax each (core/decode_rows.cuh), and are
+// merged at the end of the piece (core/decode_merge.cuh). Which keys a block has: decode_work.cuh.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "hopper/core/decode_cluster.cuh"
+#include "hopper/core/decode_merge.cuh"
+#include "hopper/core/decode_rows.cuh"
+#include "hopper/core/decode_stream.cuh"
+#include "hopper/core/decode_work.cuh"
+#include "hopper/decode_tuning.h"
+#include "hopper/kernels/decode.h"
+#include "hopper/launch_dependent.h"
+#include "hopper/ptx/copy_async.cuh"
+#include "hopper/ptx/mbarrier.cuh"
+#include "hopper/ptx/sync.cuh"
+
+namespace sinkattn::hopper {
+
+template <int ColumnsK, int ColumnsV_, int RowTiles_, bool Cluster_, bool Bf16>
+struct DecodeConfig {
+  using Element = std::conditional_t<Bf16, __nv_bfloat16, __half>;
+  static constexpr DecodeTuning tuning = decode_tuning(ColumnsK, ColumnsV_, RowTiles_, Cluster_);
+  static constexpr bool Cluster = Cluster_;
+  static constexpr int Columns = ColumnsK, ColumnsV = ColumnsV_, RowTiles = RowTiles_;
+  static constexpr int rows = 16 * RowTiles;
+  static constexpr int keys = tuning.keys;
+  static constexpr int warps = tuning.warps;
+  static constexpr int threads = 32 * warps;
+  static constexpr int tile_keys = warps * keys;
+  using Stream = KeyStream<keys, tuning.slots, Columns, ColumnsV, tile_keys>;
+  using Rows = DecodeRows<Element, RowTiles, Columns, ColumnsV, keys>;
+  using Work = DecodeWork<rows, tile_keys, warps>;
+  using Results = WarpResults<warps, rows, ColumnsV>;
+  using Result = BlockResult<rows, ColumnsV>;
+};
+
+/// Shared memory of a block. The rings are idle when the results of the warps take their place; the
+/// result of the block, for the cluster, lies behind those.
+template <class C>
+struct DecodeSmem {
+  static constexpr int round_up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+  static constexpr int rings = C::warps * C::Stream::ring_bytes;
+  static constexpr int result = round_up(sizeof(typename C::Results));
+  static constexpr int results =
+      C::Cluster ? result + round_up(sizeof(typename C::Result)) : result;
+  static constexpr int query = rings > results ? rings : results;
+  static constexpr int work = query + C::Rows::QueryTile::bytes;
+  static constexpr int bytes = work + 512;
+  static_assert(sizeof(typename C::Work) <= 512);
+  static_assert(bytes <= 227 * 1024);
+  static_assert(C::tuning.blocks * (bytes + 1024) <= 228 * 1024, "resident blocks as planned");
+};
+
+/// Starts the copies of the query tile; rows past the last are zeros.
+template <class C>
+__device__ void copy_query(const DecodeParams& p, const typename C::Work::Sequence& sequence,
+                           const OutputRows& rows, std::uint32_t tile) {
+  using Tile = typename C::Rows::QueryTile;
+  constexpr int chunks = C::Columns / 8;
+  const char* base = static_cast<const char*>(p.query.data);
+  for (int item = threadIdx.x; item < C::rows * chunks; item += C::threads) {
+    const int row = item / chunks;
+    const int chunk = item % chunks;
+    const bool valid = rows.first_row + row < sequence.rows && 8 * chunk < p.head_dim;
+    std::int64_t offset = 0;
+    if (valid) {
+      offset = p.query.offset(rows.batch, rows.first_q + rows.position(p, row), rows.head(p, row)) +
+               8 * chunk;
+    }
+    ptx::copy_async_16(tile + chunk / 8 * Tile::slab_bytes + swizzled_offset(row, chunk % 8),
+                       base + 2 * offset, valid);
+  }
+  ptx::copy_async_commit();
+}
+
+/// Visible keys of this thread's rows, and the keys that every row of the tile sees.
+template <class C>
+__device__ Range limit_rows(const DecodeParams& p, const typename C::Work::Sequence& sequence,
+                            const DecodePiece& piece, int first_row, int valid_rows,
+                            typename C::Rows& state) {
+  const int g = static_cast<int>(threadIdx.x % 32) / 4;
+#pragma unroll
+  for (int m = 0; m < C::RowTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = 16 * m + 8 * r + g;
+      const Range keys = sequence.keys_of(p, first_row + row, first_row + row);
+      const bool valid = row < valid_rows;
+      state.limits[m].begin[r] = valid ? static_cast<int>(keys.begin) : 0;
+      state.limits[m].end[r] = valid ? min(static_cast<int>(keys.end), piece.key_end) : 0;
+    }
+  }
+  const int last = first_row + valid_rows - 1;
+  const Range low = sequence.keys_of(p, first_row, first_row);
+  const Range high = sequence.keys_of(p, last, last);
+  return {high.begin, min(low.end, static_cast<std::int64_t>(piece.key_end))};
+}
+
+/// One warp's way through the keys of the piece.
+template <class C>
+__device__ void stream_keys(const DecodeParams& p, const Range& inside, typename C::Stream& stream,
+                            typename C::Rows& state, int first, int end) {
+  const int low = static_cast<int>(inside.begin);
+  const int high = static_cast<int>(inside.end);
+  int slot = 0;
+  for (int key = first; key < end; key += C::tile_keys) {
+    stream.wait();  // for the copies that refill() or fill() committed Slots steps ago
+    const std::uint32_t at = stream.slot_address(slot);
+    state.attend(p, at, at + C::Stream::KeyTile::bytes, key, key >= low && key + C::keys <= high);
+    __syncwarp();  // all lanes have read the slot
+    stream.refill(slot);
+    slot = slot + 1 == C::tuning.slots ? 0 : slot + 1;
+  }
+  ptx::copy_async_wait<0>();
+}
+
+/// The warp's result to shared memory; the row sum is completed over the four lanes of a row.
+template <class C>
+__device__ void store_results(typename C::Rows& state, typename C::Results& results) {
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int g = static_cast<int>(threadIdx.x % 32) / 4;
+  const int q = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int m = 0; m < C::RowTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = 16 * m + 8 * r + g;
+      float sum = state.sum[m][r];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (q == 0) {
+        results.top[warp][row] = state.top[m][r];
+        results.sum[warp][row] = sum;
+      }
+#pragma unroll
+      for (int c = 0; c < C::ColumnsV / 8; ++c) {
+        *reinterpret_cast<float2*>(&results.out[warp][row][8 * c + 2 * q]) =
+            make_float2(state.out[m][c][2 * r], state.out[m][c][2 * r + 1]);
+      }
+    }
+  }
+}
+
+/// Merge of the warps; then the row ends here, in the cluster, or as a piece in the workspace.
+template <class C>
+__device__ void finish_piece(const DecodeParams& p, const typename C::Work& work,
+                             unsigned char* memory) {
+  using Element = typename C::Element;
+  const DecodePiece& piece = work.piece;
+  const OutputRows rows = {p.packed_q ? 0 : piece.b, work.sequence.first_q,
+                           piece.row_tile * C::rows, piece.kv_head};
+  const int valid_rows = min(C::rows, work.sequence.rows - rows.first_row);
+  const auto& results = *reinterpret_cast<typename C::Results*>(memory);
+  auto& result = *reinterpret_cast<typename C::Result*>(memory + DecodeSmem<C>::result);
+  constexpr int items = C::ColumnsV / 4;
+  for (int item = threadIdx.x; item < valid_rows * items; item += C::threads) {
+    const int row = item / items;
+    const int column = item % items * 4;
+    const MergedRow merged =
+        merge_warps<C::warps, C::rows, C::ColumnsV>(results, row, column, p.scale_log2);
+    if constexpr (C::Cluster) {
+      *reinterpret_cast<float4*>(&result.out[row][column]) =
+          make_float4(merged.out[0], merged.out[1], merged.out[2], merged.out[3]);
+      if (column == 0) {
+        result.top[row] = merged.top;
+        result.sum[row] = merged.sum;
+      }
+    } else if (piece.count == 1) {
+      finish_row<Element>(p, rows, row, column, merged);
+    } else {
+      store_piece<C::rows, C::ColumnsV>(p, piece.slot(piece.index), row, column, merged);
+    }
+  }
+  if constexpr (C::Cluster) finish_in_cluster<Element, C::threads>(p, rows, valid_rows, result);
+}
+
+template <class C>
+__device__ void run_piece(const DecodeParams& p, typename C::Work& work, unsigned char* memory) {
+  const std::uint32_t smem = ptx::shared_address(memory);
+  const std::uint32_t query_tile = smem + DecodeSmem<C>::query;
+  const DecodePiece& piece = work.piece;
+  const OutputRows rows = {p.packed_q ? 0 : piece.b, work.sequence.first_q,
+                           piece.row_tile * C::rows, piece.kv_head};
+  const int valid_rows = min(C::rows, work.sequence.rows - rows.first_row);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  copy_query<C>(p, work.sequence, rows, query_tile);
+  typename C::Rows state;
+  {
+    const int first = piece.key_begin + warp * C::keys;
+    typename C::Stream stream(p, smem + warp * C::Stream::ring_bytes, piece.b, piece.kv_head,
+                              work.sequence.first_slot, first, piece.key_end);
+    stream.fill();
+    const Range inside = limit_rows<C>(p, work.sequence, piece, rows.first_row, valid_rows, state);
+    ptx::copy_async_wait<C::tuning.slots>();  // the query group is the oldest
+    __syncthreads();
+    state.start(query_tile);
+    stream_keys<C>(p, inside, stream, state, first, piece.key_end);
+  }
+  __syncthreads();  // all rings are idle
+  store_results<C>(state, *reinterpret_cast<typename C::Results*>(memory));
+  __syncthreads();
+  finish_piece<C>(p, work, memory);
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::threads, C::tuning.blocks)
+    decode_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& work = *reinterpret_cast<typename C::Work*>(memory + DecodeSmem<C>::work);
+  ptx::wait_for_previous_grid();
+  ptx::launch_dependent_grids();  // they wait for this grid to end before they read
+  work.begin(p);
+  while (work.next(p)) run_piece<C>(p, work, memory);
+  if (!C::Cluster && p.cuts != nullptr && threadIdx.x == 0) work.list_cut(p);
+}
+
+template <int Columns, int ColumnsV, int RowTiles, bool Cluster, bool Bf16>
+Status launch_decode_instance(const DecodeParams& params, int grid, cudaStream_t stream) {
+  using C = DecodeConfig<Columns, ColumnsV, RowTiles, Cluster, Bf16>;
+  const LaunchSize size = {grid, C::threads, DecodeSmem<C>::bytes, params.cluster};
+  SINKATTN_RETURN_IF_ERROR(
+      allow_launch("decode_kernel", decode_kernel<C>, size.shared_bytes, Cluster));
+  return launch_dependent("decode_kernel", decode_kernel<C>, size, stream, params);
+}
+
+}  // namespace sinkattn::hopper

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of few query rows against a long cache: parameters, workspace and launch of the decode
+// kernel (decode.cuh). docs/decode.md explains the design.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/problem.h"
+#include "sinkattn/plan.h"
+#include "sinkattn/status.h"
+
+namespace sinkattn::hopper {
+
+/// n / d for 0 <= n < 2^31 by multiplication; d >= 1.
+struct FastDivisor {
+  std::uint32_t divisor = 1, multiplier = 0, shift = 0;
+
+  FastDivisor() = default;
+  explicit FastDivisor(std::uint32_t d);
+
+#if defined(__CUDACC__)
+  __device__ int divide(int n) const {
+    if (divisor == 1) return n;
+    return static_cast<int>((static_cast<std::uint64_t>(static_cast<std::uint32_t>(n)) *
+                             multiplier) >>
+                            shift);
+  }
+#endif
+};
+
+/// A row tile whose pieces several blocks have written to the workspace: one entry of the list that
+/// the merge works off. pieces 0: nothing to do.
+struct DecodeCut {
+  std::int64_t first_q;  ///< row of position 0 in the query tensor
+  std::int64_t slot_first, slot_rest;
+  int slot_step, pieces;
+  int b, kv_head;
+  int first_row, rows;  ///< packed rows of the sequence
+
+#if defined(__CUDACC__)
+  __device__ std::int64_t slot(int i) const {
+    return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
+  }
+#endif
+};
+
+/// What the kernel reads; passed by value.
+struct DecodeParams {
+  HeadsTensor query, out;
+  KeyStorage keys;
+  RowsTensor lse;
+  VectorView sink;
+  SequenceSide side_q, side_k;
+  Mask mask;
+  int batch, heads_kv, group, head_dim, head_dim_v;
+  bool packed_q, packed_k;
+  float scale;        ///< of a raw score, in natural units; 1 with a softcap
+  float scale_log2;   ///< the same times log2 e
+  float softcap;      ///< 0: off
+  float softcap_in;   ///< 2 log2 e * softmax_scale / softcap: argument of the tanh
+  FastDivisor page_size, by_group;
+  int row_tiles;       ///< of the longest sequence
+  int splits;          ///< n: every row tile in n pieces; 0: work shared out evenly over the grid
+  int cluster;         ///< > 1: the pieces of a row tile are the blocks of a cluster; == splits
+  int min_tiles;       ///< balanced: key tiles per block, at least
+  float* partial_out;  ///< (slot, row, column), normalised, sink-free
+  float* partial_lse;  ///< (slot, row)
+  DecodeCut* cuts;     ///< null: no row tile is shared by blocks that do not merge at once
+};
+
+/// How one problem is run: instance, grid and workspace.
+struct DecodeLaunch {
+  int columns = 0, columns_v = 0;  ///< compiled pair of head dims
+  int rows = 0;                    ///< packed query rows of a block: 16 or 32
+  int tile_keys = 0;               ///< keys that the warps of a block take in one step
+  int splits = 1;                  ///< as in DecodeParams
+  int cluster = 1;
+  int row_tiles = 1;               ///< of the longest sequence
+  int grid = 0;
+  int cuts = 0;                    ///< entries of the list for the merge
+  std::int64_t slots = 0;          ///< pieces in the workspace
+  std::size_t lse_offset = 0, cuts_offset = 0, bytes = 0;
+};
+
+/// Fills `launch` for a device with `sm_count` multiprocessors; not_implemented if nothing serves.
+Status make_decode_launch(const ForwardProblem& problem, int sm_count, DecodeLaunch* launch);
+
+/// The launch that a plan has recorded.
+Status restore_decode_launch(const ForwardProblem& problem, const Plan& plan, DecodeLaunch* launch);
+
+/// Runs prepare (if needed) and decode on `stream`.
+Status launch_decode(const ForwardProblem& problem, const DecodeLaunch& launch, void* workspace,
+                     cudaStream_t stream);
+
+/// One per file in src/hopper/instances. Cluster: the tuning for pieces merged in a cluster.
+template <int Columns, int ColumnsV, int RowTiles, bool Cluster, bool Bf16>
+Status launch_decode_instance(const DecodeParams& params, int grid, cudaStream_t stream);
+
+/// Fills output rows with 0 and LSE with -inf, before the decode kernel.
+struct DecodeFill {
+  HeadsTensor out;
+  RowsTensor lse;
+  std::int64_t batch = 0, rows = 0, heads = 0, head_dim_v = 0;
+};
+Status launch_decode_fill(const DecodeFill& fill, cudaStream_t stream);
+
+/// Merges the row tiles of a list, after the decode kernel.
+struct DecodeMerge {
+  HeadsTensor out;
+  RowsTensor lse;
+  VectorView sink;
+  const float* partial_out;
+  const float* partial_lse;
+  const DecodeCut* cuts;
+  int tile_rows, columns, group, head_dim_v;
+  bool packed_q;
+};
+Status launch_decode_merge(const DecodeMerge& merge, int entries, cudaStream_t stream);
+
+}  // namespace sinkattn::hopper
