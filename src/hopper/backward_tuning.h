@@ -31,7 +31,7 @@ struct KeyPassTuning<64, 64> {
 
 template <>
 struct KeyPassTuning<96, 96> {
-  static constexpr int stages = 2, dq_columns = 32, statistics_window = 2;
+  static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
   static constexpr bool key_in_registers = false, value_in_registers = false;
   static constexpr bool dout_ahead = false, scores_ahead = true, producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
@@ -39,7 +39,7 @@ struct KeyPassTuning<96, 96> {
 
 template <>
 struct KeyPassTuning<128, 128> {
-  static constexpr int stages = 2, dq_columns = 32, statistics_window = 2;
+  static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
   static constexpr bool key_in_registers = false, value_in_registers = false;
   static constexpr bool dout_ahead = false, scores_ahead = true, producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;

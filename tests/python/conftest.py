@@ -12,7 +12,6 @@ from sinkattn._info import unavailable_reason
 # raises NotImplementedError on CUDA fails its test.
 NOT_YET_ON_CUDA = {
     "forward": "the forward has no CUDA kernel yet",
-    "backward": "the backward's main pass has no CUDA kernel yet",
     "e4m3": "8-bit inputs have no CUDA kernel yet",
     "query_v": "qv has no CUDA kernel yet",
 }

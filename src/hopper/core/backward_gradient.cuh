@@ -65,10 +65,13 @@ __device__ __forceinline__ void probabilities(float (&s)[Registers], const Backw
 }
 
 /// A wgmma wait has no operands, and ptxas moves it up over the arithmetic that should run ahead of
-/// it. It does not move it over a branch on a result: probabilities are never negative.
+/// it, but not over a branch on the results. No probability has a sign (the NaN of ex2 has none).
 template <int Registers>
 __device__ __forceinline__ void hold_wait_below(const float (&p)[Registers]) {
-  if (p[Registers - 1] < 0.0f) __trap();
+  int bits = 0;
+#pragma unroll
+  for (int i = 0; i < Registers; ++i) bits |= __float_as_int(p[i]);
+  if (bits < 0) __trap();
 }
 
 /// probabilities() with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS

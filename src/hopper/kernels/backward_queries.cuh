@@ -244,7 +244,8 @@ struct QueryPassMain {
       score_gradients<T>(dp, w, softmax_d);
     } else {
       probabilities(s, p, lse2);
-
+      // Where more registers are in flight ptxas serialises the products around the branch.
+      if constexpr (C::d <= 96) hold_wait_below(s);
       ptx::wgmma_wait<0>();  // dP
       score_gradients(dp, s, softmax_d);
     }
