@@ -25,23 +25,23 @@ template <>
 struct KeyPassTuning<64, 64> {
   static constexpr int stages = 3, dq_columns = 64, statistics_window = 8;
   static constexpr bool key_in_registers = false, value_in_registers = false;
-  static constexpr bool scores_ahead = true, producer_group = true;
+  static constexpr bool dout_ahead = true, scores_ahead = true, producer_group = true;
   static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
 };
 
 template <>
 struct KeyPassTuning<96, 96> {
-  static constexpr int stages = 2, dq_columns = 32, statistics_window = 4;
+  static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
   static constexpr bool key_in_registers = false, value_in_registers = false;
-  static constexpr bool scores_ahead = false, producer_group = false;
+  static constexpr bool dout_ahead = false, scores_ahead = true, producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
 template <>
 struct KeyPassTuning<128, 128> {
-  static constexpr int stages = 2, dq_columns = 32, statistics_window = 4;
+  static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
   static constexpr bool key_in_registers = false, value_in_registers = false;
-  static constexpr bool scores_ahead = false, producer_group = false;
+  static constexpr bool dout_ahead = false, scores_ahead = true, producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 

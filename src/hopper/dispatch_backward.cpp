@@ -34,9 +34,10 @@ const BackwardInstance* find_instance(const BackwardProblem& problem) {
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// Parts that the query heads of a group are split into, so that there are blocks for every
-/// multiprocessor. 1 where the blocks suffice: then dK and dV are stored once, from registers.
+/// multiprocessor. 1 where the blocks suffice: then dK and dV are stored once, from registers. 1 in
+/// deterministic mode: the order of a sum must not depend on what else is in the batch.
 int group_splits(const BackwardProblem& problem, const BackwardInstance& instance, int sm_count) {
-  if (problem.dk.data == nullptr) return 1;
+  if (problem.dk.data == nullptr || problem.deterministic) return 1;
   const std::int64_t rows = problem.packed_k ? problem.rows_k : problem.batch * problem.rows_k;
   const std::int64_t blocks = ceil_div(rows, instance.key_pass_keys) * problem.heads_kv;
   const std::int64_t wanted = 2 * std::max(1, sm_count);

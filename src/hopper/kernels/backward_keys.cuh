@@ -82,12 +82,12 @@ struct KeyPassSmem {
 /// Barriers, by what their completion means.
 template <class C>
 struct KeyPassBarriers {
-  std::uint64_t* keys_full;    ///< K, V loaded: producer's expect_tx -> mains, dQ group
-  std::uint64_t* query_full;   ///< [stage] Q, LSE2 loaded -> mains
-  std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
-  std::uint64_t* stage_empty;  ///< [stage] the 8 main warps are done with Q and dO -> producer
-  std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
-  std::uint64_t* score_empty;  ///< [stage] the 4 dQ warps have read dS -> mains
+  std::uint64_t* keys_full;   ///< K, V loaded: producer's expect_tx -> mains, dQ group
+  std::uint64_t* query_full;  ///< [stage] Q, LSE2 loaded -> mains
+  std::uint64_t* dout_full;   ///< [stage] dO, D' loaded -> mains
+  std::uint64_t* stage_empty; ///< [stage] the 8 main warps are done with Q and dO -> producer
+  std::uint64_t* score_full;  ///< [stage] the 8 main warps wrote dS -> dQ group
+  std::uint64_t* score_empty; ///< [stage] the 4 dQ warps have read dS -> mains
 
   __device__ explicit KeyPassBarriers(char* smem) {
     keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
@@ -146,25 +146,34 @@ struct KeyPassWork {
 /// What the main warpgroups need of the block, in shared memory: computing it takes more registers
 /// than they have.
 struct alignas(16) BlockFacts {
-  TileRange tiles;    ///< query tiles of each head
-  int iterations;     ///< over all heads
-  TileRange full[2];  ///< of them, those that need no mask for the keys of each main warpgroup
+  TileRange tiles;  ///< query tiles of each head
+  TileRange full;   ///< of them, those that need no mask
+  int iterations;   ///< over all heads
 };
 static_assert(sizeof(BlockFacts) <= 64);
 
 /// Walks over (head, query tile) in the order that all roles share.
 struct QueryWalk {
-  int head, tile;
   TileRange tiles;
+  int head, tile;
+  std::int64_t row;         ///< of the tile in the row statistics and in the accumulator
+  std::uint32_t head_step;  ///< from the last tile of a head to the first of the next
 
-  __device__ explicit QueryWalk(const KeyPassWork& work)
-      : head(work.first_head), tile(work.tiles.begin), tiles(work.tiles) {}
+  __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)
+      : tiles(work.tiles), head(work.first_head), tile(work.tiles.begin) {
+    row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
+    head_step = static_cast<std::uint32_t>(
+        p.statistic_rows - (tiles.end - 1 - tiles.begin) * backward_tile_queries);
+  }
 
   __device__ void advance() {
-    if (++tile == tiles.end) {
-      tile = tiles.begin;
-      ++head;
+    if (++tile < tiles.end) {
+      row += backward_tile_queries;
+      return;
     }
+    tile = tiles.begin;
+    row += head_step;
+    ++head;
   }
 };
 
@@ -187,22 +196,28 @@ struct KeyPassProducer {
         work(work_),
         barriers(barriers_),
         smem(smem_),
-        query(&p_.query, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
-        dout(&p_.dout, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
-        walk(work_),
+        query(&p_.query, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b,
+              p_.head_dim),
+        dout(&p_.dout, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b,
+             p_.has_dout ? p_.head_dim_v : 0),
+        walk(p_, work_),
         left(work_.iterations) {}
 
   __device__ void load_keys() const {
     const KeyPassPlace& place = work.place;
     const int batch = p.packed_k ? 0 : place.b;
     const std::uint32_t base = ptx::shared_address(smem);
-    ptx::mbarrier_arrive_expect_tx(barriers.keys_full, C::KeyTile::bytes + C::ValueTile::bytes);
-    TileSource(&p.key, p.rows_k, work.sequence.keys, batch)
-        .template load<typename C::KeyTile, C::keys>(base + Smem::key, barriers.keys_full,
-                                                     place.first_key, place.kv_head);
-    TileSource(&p.value, p.rows_k, work.sequence.keys, batch)
-        .template load<typename C::ValueTile, C::keys>(base + Smem::value, barriers.keys_full,
-                                                       place.first_key, place.kv_head);
+    const TileSource key(&p.key, p.rows_k, work.sequence.keys, batch, p.head_dim);
+    const TileSource value(&p.value, p.rows_k, work.sequence.keys, batch, p.head_dim_v);
+    using KeyTile = typename C::KeyTile;
+    using ValueTile = typename C::ValueTile;
+    const int row = place.first_key;
+    ptx::mbarrier_arrive_expect_tx(barriers.keys_full,
+                                   key.template bytes<KeyTile, C::keys>(row) +
+                                       value.template bytes<ValueTile, C::keys>(row));
+    key.template load<KeyTile, C::keys>(base + Smem::key, barriers.keys_full, row, place.kv_head);
+    value.template load<ValueTile, C::keys>(base + Smem::value, barriers.keys_full, row,
+                                            place.kv_head);
   }
 
   /// The next query tile, once the main warpgroups have left its stage.
@@ -223,21 +238,20 @@ struct KeyPassProducer {
     const std::uint32_t base = ptx::shared_address(smem);
     const int row = walk.tile * C::queries;
     const int stage = ring.slot;
-    const std::int64_t statistics = work.sequence.statistics(p, walk.head) + row;
     constexpr int statistic_bytes = C::queries * 4;
     std::uint64_t* full = barriers.query_full + stage;
-    ptx::mbarrier_arrive_expect_tx(full, C::QueryTile::bytes + statistic_bytes);
+    ptx::mbarrier_arrive_expect_tx(
+        full, query.template bytes<typename C::QueryTile, C::queries>(row) + statistic_bytes);
     query.template load<typename C::QueryTile, C::queries>(
         base + Smem::query + stage * C::QueryTile::bytes, full, row, walk.head);
-    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + statistics,
+    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + walk.row,
                    statistic_bytes, full);
     full = barriers.dout_full + stage;
-    ptx::mbarrier_arrive_expect_tx(full, (p.has_dout ? C::DoutTile::bytes : 0) + statistic_bytes);
-    if (p.has_dout) {
-      dout.template load<typename C::DoutTile, C::queries>(
-          base + Smem::dout + stage * C::DoutTile::bytes, full, row, walk.head);
-    }
-    ptx::bulk_load(base + Smem::softmax_d + stage * statistic_bytes, p.softmax_d + statistics,
+    ptx::mbarrier_arrive_expect_tx(
+        full, dout.template bytes<typename C::DoutTile, C::queries>(row) + statistic_bytes);
+    dout.template load<typename C::DoutTile, C::queries>(
+        base + Smem::dout + stage * C::DoutTile::bytes, full, row, walk.head);
+    ptx::bulk_load(base + Smem::softmax_d + stage * statistic_bytes, p.softmax_d + walk.row,
                    statistic_bytes, full);
     walk.advance();
     ring.advance();
@@ -253,14 +267,16 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
                                                     const Meanwhile& meanwhile) {
   using Smem = KeyPassSmem<C>;
   constexpr int columns = C::Tuning::dq_columns;
+  constexpr int pieces = C::d / columns;
   const int thread = threadIdx.x % 128;
   const std::uint32_t address =
       ptx::shared_address(smem + Smem::score + slot * C::ScoreTile::bytes);
   constexpr bool by_query = C::score_major == ptx::Major::k;
-  const std::uint64_t score = by_query ? descriptor::k_major(address)
-                                       : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
+  const std::uint64_t score = by_query
+                                  ? descriptor::k_major(address)
+                                  : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
 #pragma unroll
-  for (int piece = 0; piece < C::d / columns; ++piece) {
+  for (int piece = 0; piece < pieces; ++piece) {
     constexpr int slab = C::KeyTile::slab_bytes;
     const int column = piece * columns;
     const std::uint64_t key = descriptor::mn_major(
@@ -277,9 +293,9 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    if (piece == C::d / columns - 1) {
+    if (piece == pieces - 1) {
       __syncwarp();
-      if (thread % 32 == 0) ptx::mbarrier_arrive(empty);  // -> wait in store_score_gradients
+      if (ptx::elect_one()) ptx::mbarrier_arrive(empty);  // -> wait in store_score_gradients
     }
 #pragma unroll
     for (int j = 0; j < columns / 8; ++j) {
@@ -309,10 +325,9 @@ __device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
     if (produces) producer.try_load_tile();
     if (!C::producer_group) __syncwarp();
   };
-  QueryWalk walk(work);
+  QueryWalk walk(p, work);
   RingPosition<C::stages> ring;
   for (int i = 0; i < work.iterations; ++i) {
-    const std::int64_t row = work.sequence.statistics(p, walk.head) + walk.tile * C::queries;
     std::uint64_t* full = barriers.score_full + ring.slot;
     while (produces && producer.left > 0 && !ptx::mbarrier_test_wait(full, ring.phase)) {
       producer.try_load_tile();
@@ -320,7 +335,7 @@ __device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
     __syncwarp();
     ptx::mbarrier_wait(full, ring.phase);  // <- publish_score_gradients()
     if (i == 0) ptx::mbarrier_wait(barriers.keys_full, 0);
-    add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + row * C::d,
+    add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + walk.row * C::d,
                            barriers.score_empty + ring.slot, produce);
     walk.advance();
     ring.advance();

@@ -8,7 +8,7 @@
 
 namespace sinkattn::hopper {
 
-/// The visible rows of the block's keys, for masked tiles; and zeros for dO where there is none.
+/// The visible rows of the block's keys, for masked tiles; and zeros where nothing is copied.
 template <class C>
 __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const KeyPassWork& work,
                                               char* smem) {
@@ -23,17 +23,13 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
     const SequencePair& sequence = work.sequence;
     facts->tiles = work.tiles;
     facts->iterations = work.iterations;
-    for (int group = 0; group < 2; ++group) {
-      const int first = work.place.first_key + C::group_key(group);
-      facts->full[group] = full_tiles(p.mask, first, first + C::warpgroup_keys,
-                                      sequence.queries.length, sequence.keys.length);
-    }
+    facts->full = full_tiles(p.mask, work.place.first_key, work.place.first_key + C::keys,
+                             sequence.queries.length, sequence.keys.length);
   }
-  if (p.has_dout) return;
-  auto* dout = reinterpret_cast<uint4*>(smem + Smem::dout);
-  for (int i = threadIdx.x; i < C::stages * C::DoutTile::bytes / 16; i += C::threads) {
-    dout[i] = make_uint4(0, 0, 0, 0);
-  }
+  clear_unused<typename C::KeyTile>(smem + Smem::key, 1, p.head_dim);
+  clear_unused<typename C::ValueTile>(smem + Smem::value, 1, p.head_dim_v);
+  clear_unused<typename C::QueryTile>(smem + Smem::query, C::stages, p.head_dim);
+  clear_unused<typename C::DoutTile>(smem + Smem::dout, C::stages, p.has_dout ? p.head_dim_v : 0);
   ptx::fence_proxy_async_shared();
 }
 

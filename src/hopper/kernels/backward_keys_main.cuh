@@ -19,7 +19,8 @@ struct KeyPassMain {
   const BackwardArguments& p;
   const KeyPassBarriers<C>& barriers;
   char* smem;
-  int group, warp, lane, quad;
+  int group;
+  // Kept in registers: reading the thread index again in every tile is slow.
   std::uint32_t statistics;  ///< address of LSE2 of stage 0, moved to this thread's first column
   std::uint32_t score;       ///< address of slot 0 of dS where this thread stores
 
@@ -30,19 +31,19 @@ struct KeyPassMain {
                                          const KeyPassBarriers<C>& barriers_, char* smem_)
       : p(p_), barriers(barriers_), smem(smem_) {
     group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
-    warp = threadIdx.x % 128 / 32;
-    lane = threadIdx.x % 32;
-    quad = lane % 4;
-    // Opaque, so that they are kept and not computed again from the thread index in every tile.
-    statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * quad);
+    const int lane = threadIdx.x % 32;
+    statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * (lane % 4));
     score = opaque(ptx::shared_address(smem + Smem::score + group * C::ScoreTile::slab_bytes) +
-                   swizzled_offset(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
+                   swizzled_offset(lane % 8 + lane / 16 * 8, 2 * warp() + lane / 8 % 2));
   }
+
+  __device__ __forceinline__ static int warp() { return threadIdx.x % 128 / 32; }
 
   /// This warpgroup's 64 rows of a tile, as register operand A.
   template <class Tile, int Blocks>
   __device__ __forceinline__ void load_operand(std::uint32_t (&a)[Blocks][4], int offset) const {
-    const int row = group * C::warpgroup_keys + warp * 16 + lane % 16;
+    const int lane = threadIdx.x % 32;
+    const int row = group * C::warpgroup_keys + warp() * 16 + lane % 16;
     const std::uint32_t base = ptx::shared_address(smem + offset);
 #pragma unroll
     for (int k = 0; k < Blocks; ++k) {
@@ -58,8 +59,8 @@ struct KeyPassMain {
                                                 const std::uint32_t (&a)[Blocks][4], int a_offset,
                                                 int b_offset) const {
     const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
-    const std::uint64_t rows = descriptor::k_major(ptx::shared_address(smem + a_offset) +
-                                                   group * C::warpgroup_keys * slab_row_bytes);
+    const std::uint64_t rows = descriptor::k_major(
+        ptx::shared_address(smem + a_offset) + group * C::warpgroup_keys * slab_row_bytes);
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
       const std::uint64_t b_step = b + descriptor::k_step<QueryTile::slab_bytes>(k);
@@ -94,9 +95,9 @@ struct KeyPassMain {
   /// x += A B with A in registers and B the query tile at `offset`: dV from P and dO, dK from dS
   /// and Q.
   template <class QueryTile>
-  __device__ __forceinline__ void multiply_queries(float (&x)[QueryTile::columns / 2],
-                                                   const std::uint32_t (&a)[query_blocks][4],
-                                                   int offset) const {
+  __device__ __forceinline__ void multiply_queries(
+      float (&x)[QueryTile::columns / 2], const std::uint32_t (&a)[query_blocks][4],
+      int offset) const {
     const std::uint64_t b =
         descriptor::mn_major(ptx::shared_address(smem + offset), QueryTile::slab_bytes);
 #pragma unroll
@@ -106,8 +107,8 @@ struct KeyPassMain {
   }
 
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
-  __device__ __forceinline__ void store_score_gradients(const std::uint32_t (&ds)[query_blocks][4],
-                                                        const RingPosition<C::stages>& ring) const {
+  __device__ __forceinline__ void store_score_gradients(
+      const std::uint32_t (&ds)[query_blocks][4], const RingPosition<C::stages>& ring) const {
     ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
     const std::uint32_t address = score + ring.slot * C::ScoreTile::bytes;
 #pragma unroll
@@ -122,12 +123,12 @@ struct KeyPassMain {
       const RingPosition<C::stages>& ring) const {
     ptx::fence_proxy_async_shared();
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
+    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
   }
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
   using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window>;
@@ -145,7 +146,8 @@ struct KeyPassMain {
                                        std::uint32_t (&dsa)[query_blocks][4], int tile) const {
     const auto* all = reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals);
     const std::uint32_t visible = visible_registers<score_registers>(
-        all + C::group_key(group) + warp * 16 + lane / 4, tile * C::queries, quad);
+        all + C::group_key(group) + warp() * 16 + threadIdx.x % 32 / 4, tile * C::queries,
+        threadIdx.x % 4);
     keep_visible(pa, visible);
     keep_visible(dsa, visible);
   }
@@ -156,20 +158,18 @@ struct KeyPassMain {
 
   /// The walk over query tiles.
   struct Position {
-    TileRange tiles, full;
     int left;  ///< tiles that follow
     int tile;
     RingPosition<C::stages> ring;
 
-    __device__ __forceinline__ Position(const BlockFacts& facts, int group)
-        : tiles(facts.tiles),
-          full(facts.full[group]),
-          left(facts.iterations - 1),
-          tile(facts.tiles.begin) {}
+    __device__ __forceinline__ explicit Position(const BlockFacts& facts)
+        : left(facts.iterations - 1), tile(facts.tiles.begin) {}
 
-    __device__ __forceinline__ bool masked() const { return tile < full.begin || tile >= full.end; }
+    __device__ __forceinline__ bool masked(const TileRange& full) const {
+      return tile < full.begin || tile >= full.end;
+    }
 
-    __device__ __forceinline__ void advance() {
+    __device__ __forceinline__ void advance(const TileRange& tiles) {
       ring.advance();
       if (++tile == tiles.end) tile = tiles.begin;
     }
@@ -185,19 +185,27 @@ struct KeyPassMain {
     std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
     const int stage = at.ring.slot;
     const RingPosition<C::stages> ring = at.ring;
-    issue_dout(dp, stage, at.ring.phase);
+    if constexpr (Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
     probabilities(s, p, lse);
-    Statistics d = softmax_d(stage);
-    ptx::wgmma_wait<1>();  // dV, dK of the previous tile
+    hold_wait_below(s);
+    // dV, dK of the previous tile
+    ptx::wgmma_wait<Tuning::dout_ahead ? 1 : 0>();
     if (previous >= 0) release(previous);
     pack_operand<T>(pa, s);
+    if constexpr (!Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
+    Statistics d = softmax_d(stage);
+    const TileRange tiles = facts().tiles, full = facts().full;
     ptx::wgmma_wait<0>();  // dP
-    score_gradients(dp, s, d);
+    if constexpr (Tuning::dout_ahead) {
+      score_gradients(dp, s, d);
+    } else {
+      score_gradients<T>(dp, pa, d);
+    }
     pack_operand<T>(dsa, dp);
-    if (at.masked()) mask(pa, dsa, at.tile);
+    if (at.masked(full)) mask(pa, dsa, at.tile);
     if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
     previous = stage;
-    at.advance();
+    at.advance(tiles);
     // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
     if (at.left-- > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
     ptx::wgmma_fence();
@@ -214,7 +222,7 @@ struct KeyPassMain {
 
   __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
     float s[score_registers];
-    Position at(facts(), group);
+    Position at(facts());
     int previous = -1;
     ptx::mbarrier_wait(barriers.query_full, 0);
     ptx::wgmma_fence();
@@ -232,11 +240,13 @@ struct KeyPassMain {
   /// with softcap P times the derivative of the cap.
   __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
                                           std::uint32_t (&wa)[query_blocks][4],
-                                          float (&s)[score_registers], Statistics& lse) const {
+                                          float (&s)[score_registers],
+                                          Statistics& lse) const {
     if constexpr (C::softcap) {
       capped_probabilities<T>(s, pa, wa, p, lse);
     } else {
       probabilities(s, p, lse);
+      hold_wait_below(s);
       pack_operand<T>(pa, s);
     }
   }
@@ -244,7 +254,7 @@ struct KeyPassMain {
   /// One tile after the other; the other main warpgroup fills the gaps.
   __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
                                                float (&dv)[C::dv / 2]) const {
-    Position at(facts(), group);
+    Position at(facts());
     do {
       float s[score_registers], dp[score_registers];
       std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
@@ -260,10 +270,11 @@ struct KeyPassMain {
       weights(pa, wa, s, lse);
       if constexpr (C::softcap) issue_dout(dp, stage, at.ring.phase);
       Statistics d = softmax_d(stage);
+      const TileRange tiles = facts().tiles, full = facts().full;
       ptx::wgmma_wait<0>();  // dP
       score_gradients<T>(dp, C::softcap ? wa : pa, d);
       pack_operand<T>(dsa, dp);
-      if (at.masked()) mask(pa, dsa, at.tile);
+      if (at.masked(full)) mask(pa, dsa, at.tile);
       if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.ring);
       ptx::wgmma_fence();
       multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
@@ -274,7 +285,7 @@ struct KeyPassMain {
       // Their operands are the registers that S and dP of the next tile need.
       ptx::wgmma_wait<0>();
       release(stage);
-      at.advance();
+      at.advance(tiles);
     } while (at.left-- > 0);
   }
 
@@ -297,8 +308,8 @@ struct KeyPassMain {
     }
     // Where the block lies is computed again: the loop has no registers to keep it.
     const unsigned thread = opaque(threadIdx.x) % 128;
-    const int first =
-        C::group_key(static_cast<int>(opaque(threadIdx.x)) / 128 - C::first_main_group);
+    const int first = C::group_key(static_cast<int>(opaque(threadIdx.x)) / 128 -
+                                   C::first_main_group);
     const KeyGradientStore<C> to(p, KeyPassPlace(p, opaque(blockIdx.x), C::keys), first, thread);
     to.value_columns(dv, 0);
     to.key_columns(dk, 0);
