@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CUDA language for sm_90a. Result: SINKATTN_WITH_CUDA, SINKATTN_NO_CUDA_REASON.
 set(SINKATTN_WITH_CUDA OFF)
-set(SINKATTN_NO_CUDA_REASON "It was asked for (SINKATTN_CUDA=OFF).")
+set(SINKATTN_NO_CUDA_REASON "SINKATTN_CUDA=OFF.")
 
 if(NOT SINKATTN_CUDA)
   return()

@@ -28,6 +28,10 @@ if(SINKATTN_TESTS)
     target_include_directories(sinkattn_gpu_tests PRIVATE "${PROJECT_SOURCE_DIR}/src")
     set_target_properties(sinkattn_gpu_tests PROPERTIES
       LINKER_LANGUAGE CXX RUNTIME_OUTPUT_DIRECTORY "${sinkattn_tests_dir}")
+    add_test(NAME sinkattn_gpu_tests COMMAND sinkattn_gpu_tests)
+    # The reasons of tests/gpu/gpu_test.h.
+    set_tests_properties(sinkattn_gpu_tests PROPERTIES TIMEOUT 300 SKIP_REGULAR_EXPRESSION
+      "no usable GPU: ;no GPU;needs compute capability 9.0")
   endif()
 
   file(GLOB sinkattn_examples CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/examples/*.cpp")
@@ -39,6 +43,18 @@ if(SINKATTN_TESTS)
       RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/examples")
     add_test(NAME example_${name} COMMAND example_${name})
     set_tests_properties(example_${name} PROPERTIES TIMEOUT 300)
+  endforeach()
+endif()
+
+if(SINKATTN_TESTS AND SINKATTN_WITH_CUDA)
+  # Benchmarks of the core without torch: programs against the public interface, not installed.
+  file(GLOB sinkattn_benchmarks CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/bench/core/*.cu")
+  foreach(source IN LISTS sinkattn_benchmarks)
+    cmake_path(GET source STEM name)
+    add_executable(bench_${name} "${source}")
+    target_link_libraries(bench_${name} PRIVATE sinkattn::sinkattn CUDA::cudart_static)
+    set_target_properties(bench_${name} PROPERTIES
+      LINKER_LANGUAGE CXX RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/bench")
   endforeach()
 endif()
 

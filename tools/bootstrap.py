@@ -210,8 +210,12 @@ def wheel_nvcc(offline: bool) -> str | None:
     return str(nvcc) if nvcc_version(nvcc) else None
 
 
+def kernels_wanted() -> bool:
+    return os.environ.get("SINKATTN_CUDA", "").upper() not in ("OFF", "0", "NO", "FALSE")
+
+
 def find_nvcc(offline: bool) -> str | None:
-    if os.environ.get("SINKATTN_CUDA", "").upper() in ("OFF", "0", "NO", "FALSE"):
+    if not kernels_wanted():
         warn("CPU-ONLY BUILD", "SINKATTN_CUDA=OFF: no Hopper kernels will be built.")
         return None
     nvcc = system_nvcc() or wheel_nvcc(offline)
@@ -278,6 +282,7 @@ def bootstrap(groups: list[str], offline: bool) -> None:
         return
     if STAMP.exists():  # keep what an earlier run with other groups already provided
         groups = sorted(set(groups) | set(json.loads(STAMP.read_text())["groups"]))
+        STAMP.unlink()
     make_venv()
     missing = install_groups(groups, offline)
     cmake = find_or_install("cmake", r"version (\d+\.\d+)", CMAKE_MINIMUM, offline)
@@ -295,7 +300,9 @@ def bootstrap(groups: list[str], offline: bool) -> None:
         warn("MISSING PACKAGES", *missing, "What needs them is skipped or fails with that reason.")
         if any(normalised(r) == "torch" for r in missing):
             raise Missing("torch >= 2.10 is not installed and could not be fetched")
-    else:
+    # What could not be had is looked for again next time: a network may have come back.
+    complete = not missing and toolchain["googletest"] is not None
+    if complete and (toolchain["nvcc"] is not None or not kernels_wanted()):
         STAMP.write_text(fingerprint(groups))
     say(f"ready: nvcc {toolchain['nvcc'] or 'none'}, cmake {cmake}")
 

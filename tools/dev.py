@@ -118,9 +118,7 @@ def wheel() -> Path:
 
 
 def ctest(folder: Path) -> str:
-    """Runs the C++ tests of a build folder; returns ctest's closing sentence."""
-    if toolchain()["googletest"] is None:
-        return "skipped: GoogleTest is not installed"
+    """Runs the C++ tests and the examples of a build folder; returns ctest's closing sentence."""
     program = Path(toolchain()["cmake"]).with_name("ctest")
     command = [
         program,
@@ -136,7 +134,10 @@ def ctest(folder: Path) -> str:
     if result.returncode != 0:
         print(result.stdout[-6000:], result.stderr[-2000:], flush=True)
         raise StageError(closing.group(0) if closing else "ctest failed")
-    return closing.group(0)
+    if toolchain()["googletest"] is None:
+        return f"skipped: GoogleTest is not installed; examples: {closing.group(0)}"
+    skipped = re.findall(r"(\S+) \(Skipped\)", result.stdout)
+    return closing.group(0) + (f"; skipped: {', '.join(skipped)}" if skipped else "")
 
 
 def cpp_tests() -> str:

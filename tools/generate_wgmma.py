@@ -18,7 +18,8 @@ SHAPES += (176, 192, 208, 224, 256)
 PTX_TYPES = ("bf16", "f16")
 
 HEAD = """// SPDX-License-Identifier: Apache-2.0
-// Written by tools/generate_wgmma.py; included by wgmma.cuh alone. clang-format off
+// Written by tools/generate_wgmma.py; included by wgmma.cuh alone.
+// clang-format off
 """
 
 CLASS = """
@@ -76,9 +77,7 @@ def text() -> str:
     parts = [HEAD]
     for n in SHAPES:
         functions = "".join(
-            function(n, kind, ptx_type, ptx_type)
-            for ptx_type in PTX_TYPES
-            for kind in ("ss", "rs")
+            function(n, kind, ptx_type, ptx_type) for ptx_type in PTX_TYPES for kind in ("ss", "rs")
         )
         parts.append(CLASS.format(n=n, count=n // 2, functions=functions))
     return "".join(parts)

@@ -26,11 +26,12 @@ struct Plan {
   std::size_t workspace_bytes = 0;  ///< the caller provides this much, 256-byte aligned
   int num_splits = 1;
   bool pack_gqa = false;
-  int tile_m = 0;         ///< query rows per tile
-  int tile_n = 0;         ///< keys per tile
-  int grid = 0;           ///< CUDA: blocks of the main kernel
-  char kernel[96] = {};   ///< name of the main kernel (instance)
-  char reason[256] = {};  ///< why this one, as one printable line
+  int tile_m = 0;             ///< query rows per tile
+  int tile_n = 0;             ///< keys per tile
+  int grid = 0;               ///< CUDA: blocks of the main kernel
+  std::int64_t l2_bytes = 0;  ///< CUDA: L2 of the device the plan was made for
+  char kernel[96] = {};       ///< name of the main kernel (instance)
+  char reason[256] = {};      ///< why this one, as one printable line
 };
 
 }  // namespace sinkattn

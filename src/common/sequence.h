@@ -21,33 +21,42 @@ struct SequenceSide {
 
 /// One sequence on one side. Token t of the sequence is row `first_row + t` of its (packed tensor |
 /// batch entry | cache row).
-struct SequenceInfo {
-  std::int64_t first_row = 0;  ///< packed: cu_seqlens[b]; dense: leftpad (0 without)
-  std::int64_t length = 0;     ///< tokens that take part
-  std::int64_t extent = 0;     ///< rows that belong to the sequence, used or not
+template <class Int>
+struct BasicSequenceInfo {
+  Int first_row = 0;  ///< packed: cu_seqlens[b]; dense: leftpad (0 without)
+  Int length = 0;     ///< tokens that take part
+  Int extent = 0;     ///< rows that belong to the sequence, used or not
 };
+using SequenceInfo = BasicSequenceInfo<std::int64_t>;
 
-SINKATTN_HOST_DEVICE constexpr std::int64_t clamp_index(std::int64_t x, std::int64_t low,
-                                                        std::int64_t high) {
+template <class Int>
+SINKATTN_HOST_DEVICE constexpr Int clamp(Int x, Int low, Int high) {
   return x < low ? low : (x > high ? high : x);
 }
 
-SINKATTN_HOST_DEVICE inline SequenceInfo resolve_sequence(const SequenceSide& side,
-                                                          std::int64_t b) {
-  SequenceInfo info;
-  info.extent = side.capacity;
+SINKATTN_HOST_DEVICE constexpr std::int64_t clamp_index(std::int64_t x, std::int64_t low,
+                                                        std::int64_t high) {
+  return clamp<std::int64_t>(x, low, high);
+}
+
+/// Int 32-bit where every capacity is below 2^31.
+template <class Int = std::int64_t>
+SINKATTN_HOST_DEVICE inline BasicSequenceInfo<Int> resolve_sequence(const SequenceSide& side,
+                                                                    std::int64_t b) {
+  BasicSequenceInfo<Int> info;
+  const Int capacity = static_cast<Int>(side.capacity);
+  info.extent = capacity;
   if (side.cu_seqlens != nullptr) {
-    info.first_row = clamp_index(side.cu_seqlens[b], 0, side.capacity);
-    info.extent =
-        clamp_index(side.cu_seqlens[b + 1], info.first_row, side.capacity) - info.first_row;
+    info.first_row = clamp<Int>(side.cu_seqlens[b], 0, capacity);
+    info.extent = clamp<Int>(side.cu_seqlens[b + 1], info.first_row, capacity) - info.first_row;
   }
   info.length = info.extent;
   if (side.cu_seqlens != nullptr && side.max_seqlen >= 0 && info.length > side.max_seqlen) {
-    info.length = side.max_seqlen;
+    info.length = static_cast<Int>(side.max_seqlen);
   }
-  if (side.seqused != nullptr) info.length = clamp_index(side.seqused[b], 0, info.length);
+  if (side.seqused != nullptr) info.length = clamp<Int>(side.seqused[b], 0, info.length);
   if (side.leftpad != nullptr) {
-    const std::int64_t pad = clamp_index(side.leftpad[b], 0, info.length);
+    const Int pad = clamp<Int>(side.leftpad[b], 0, info.length);
     info.first_row += pad;
     info.length -= pad;
   }

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "common/backend.h"
+#include "common/schedule.h"
 #include "cpu/combine.h"
 #include "cpu/element.h"
 #include "cpu/fast.h"
@@ -20,8 +21,6 @@ constexpr std::int64_t alignment = 256;  // of every piece of the workspace
 
 std::int64_t aligned(std::int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
-std::int64_t tiles_of(std::int64_t length, std::int64_t tile) { return (length + tile - 1) / tile; }
-
 bool is_reference(const HeadsTensor& query) { return query.dtype == DType::float64; }
 
 /// (sequence, KV head, tile) from a flat index, tile fastest.
@@ -34,7 +33,7 @@ struct TileIndex {
 };
 
 std::int64_t query_tiles(const AttentionShape& shape) {
-  return tiles_of(shape.longest_q, positions_per_tile(shape.group));
+  return ceil_div(shape.longest_q, positions_per_tile(shape.group));
 }
 
 /// Splits pay only where there are fewer tiles than cores and several key blocks to share out.
@@ -42,7 +41,7 @@ int choose_splits(const ForwardProblem& p) {
   if (p.num_splits > 0) return p.num_splits;
   const std::int64_t items = p.batch * p.heads_kv * query_tiles(p);
   const int cores = lanes_for(std::numeric_limits<std::int64_t>::max());
-  const std::int64_t blocks = tiles_of(p.longest_k, fast_tile_keys);
+  const std::int64_t blocks = ceil_div(p.longest_k, fast_tile_keys);
   if (items == 0 || items >= cores || blocks < 4) return 1;
   const std::int64_t wanted = cores / items;
   return static_cast<int>(
@@ -157,7 +156,7 @@ std::int64_t statistics_bytes(const BackwardProblem& p) {
   return aligned(4 * storage_batch(p.packed_q, p.batch) * p.rows_q * p.heads_q);
 }
 
-std::int64_t key_tiles(const BackwardProblem& p) { return tiles_of(p.longest_k, fast_tile_keys); }
+std::int64_t key_tiles(const BackwardProblem& p) { return ceil_div(p.longest_k, fast_tile_keys); }
 
 int backward_lanes(const BackwardProblem& p) {
   return lanes_for(p.batch * p.heads_kv * std::max(query_tiles(p), key_tiles(p)));

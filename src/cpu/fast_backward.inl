@@ -168,9 +168,11 @@ void query_tile(const BackwardProblem& p, const float* d_rows, const BackwardTil
   load_query_side(p, tile, d_rows, blocks);
   zero(blocks.dq, tile.rows * blocks.d);
   const Range range = tile.keys();
-  for (std::int64_t first = range.begin; first < range.end; first += fast_tile_keys) {
-    const std::int64_t count =
-        range.end - first < fast_tile_keys ? range.end - first : fast_tile_keys;
+  const KeyBlocks key_range = tile.key_blocks_of(fast_tile_keys);
+  for (std::int64_t n = key_range.n_begin; n < key_range.n_end; ++n) {
+    const Range block = block_within(n, fast_tile_keys, range);
+    const std::int64_t first = block.begin;
+    const std::int64_t count = block.size();
     load_key_side(p, keys, sequence, work.kv_head, first, count, blocks);
     weights(p, tile, first, count, blocks);
     product(tile.rows, blocks.d, count, {blocks.ds, fast_tile_keys, 1}, blocks.key, blocks.d,
@@ -195,11 +197,11 @@ void key_tile(const BackwardProblem& p, const float* d_rows, const BackwardTile&
   load_key_side(p, keys, sequence, work.kv_head, first, count, blocks);
   zero(blocks.dk, count * blocks.d);
   zero(blocks.dv_out, count * blocks.dv);
-  Range rows = visible_queries(p.mask, first, queries.length, sequence.length);
-  rows.end = visible_queries(p.mask, first + count - 1, queries.length, sequence.length).end;
   const std::int64_t step = positions_per_tile(p.group);
-  for (std::int64_t i = rows.begin / step * step; i < rows.end; i += step) {
-    const QueryTile tile(p, work.b, work.kv_head, i);
+  const QueryBlocks rows =
+      query_blocks(p.mask, first, first + count, queries.length, sequence.length, step);
+  for (std::int64_t m = rows.m_begin; m < rows.m_end; ++m) {
+    const QueryTile tile(p, work.b, work.kv_head, m * step);
     load_query_side(p, tile, d_rows, blocks);
     weights(p, tile, first, count, blocks);
     product(count, blocks.dv, tile.rows, {blocks.p, 1, fast_tile_keys}, blocks.dout, blocks.dv,

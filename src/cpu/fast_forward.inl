@@ -95,18 +95,6 @@ inline Finalized finalize(float maximum, float sum, float sink) {
   return {own / total, ln2 * (top + std::log2(total)), false};
 }
 
-/// Keys of split `split` out of `splits`, in whole blocks.
-inline Range split_keys(const Range& keys, int split, int splits) {
-  if (splits == 1) return keys;
-  const std::int64_t blocks = (keys.size() + fast_tile_keys - 1) / fast_tile_keys;
-  const std::int64_t per_split = (blocks + splits - 1) / splits;
-  Range part;
-  part.begin = keys.begin + split * per_split * fast_tile_keys;
-  part.end = part.begin + per_split * fast_tile_keys;
-  if (part.end > keys.end) part.end = keys.end;
-  return part;
-}
-
 inline void forward_block(const ForwardProblem& p, const QueryTile& tile,
                           const ForwardBlocks& blocks, const KeySequence& sequence,
                           std::int64_t first, std::int64_t count, float scale, bool masked,
@@ -189,14 +177,14 @@ void forward_tile(const ForwardProblem& p, int splits, const Partials& partials,
                       descale(p.k_descale, work.b, work.kv_head);
   const float value_factor = descale(p.v_descale, work.b, work.kv_head);
   const KeySequence sequence = key_sequence(p, p.keys, work.b);
-  const Range keys = split_keys(tile.keys(), work.split, splits);
-  // Every row sees [begin of the last row, end of the first row): no mask is needed there.
-  const Range inner{tile.keys_of(tile.rows - 1).begin, tile.keys_of(0).end};
-  for (std::int64_t first = keys.begin; first < keys.end; first += fast_tile_keys) {
-    const std::int64_t count =
-        keys.end - first < fast_tile_keys ? keys.end - first : fast_tile_keys;
-    const bool masked = first < inner.begin || first + count > inner.end;
-    forward_block(p, tile, blocks, sequence, first, count, scale, masked, value_factor);
+  const Range keys = tile.keys();
+  const KeyBlocks key_range = tile.key_blocks_of(fast_tile_keys);
+  const Range part = split_blocks({key_range.n_begin, key_range.n_end}, work.split, splits);
+  for (std::int64_t n = part.begin; n < part.end; ++n) {
+    const Range block = block_within(n, fast_tile_keys, keys);
+    const bool masked = n < key_range.n_full_begin || n >= key_range.n_full_end;
+    forward_block(p, tile, blocks, sequence, block.begin, block.size(), scale, masked,
+                  value_factor);
   }
   if (splits > 1) {
     store_partial(p, tile, blocks, partials, work.split);

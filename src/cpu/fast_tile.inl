@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiles of queries and keys as fp32 blocks: loading, scores, masking. Part of fast_<isa>.cpp.
+#include "common/schedule.h"
 #include "cpu/block.h"
 #include "cpu/fast.h"
 #include "cpu/storage.h"
@@ -44,6 +45,10 @@ struct QueryTile {
     return range;
   }
 
+  KeyBlocks key_blocks_of(std::int64_t tile_n) const {
+    return key_blocks(shape.mask, position, position_of(rows - 1) + 1, sq, sk, tile_n);
+  }
+
   void load_rows(const HeadsTensor& tensor, std::int64_t dim, float* block, std::int64_t ld) const {
     for (std::int64_t r = 0; r < rows; ++r) {
       load_row(tensor.data, tensor.dtype, tensor.offset(storage_batch, storage_row(r), head(r)),
@@ -52,6 +57,15 @@ struct QueryTile {
     }
   }
 };
+
+/// Block n of `tile` elements, cut to what is wanted of it: the first and the last block of a range
+/// may be partial.
+inline Range block_within(std::int64_t n, std::int64_t tile, const Range& wanted) {
+  Range block{n * tile, (n + 1) * tile};
+  if (block.begin < wanted.begin) block.begin = wanted.begin;
+  if (block.end > wanted.end) block.end = wanted.end;
+  return block;
+}
 
 /// Loads `count` key tokens from `first` of a tensor as rows of an fp32 block, zero-padded columns.
 inline void load_keys(const KeyStorage& keys, const HeadsTensor& tensor,

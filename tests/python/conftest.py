@@ -11,8 +11,6 @@ from sinkattn._info import unavailable_reason
 # What the CUDA backend does not serve yet, by the name a test asks for. What is not listed and
 # raises NotImplementedError on CUDA fails its test.
 NOT_YET_ON_CUDA = {
-    "forward": "the forward has no CUDA kernel yet",
-    "backward": "the backward's main pass has no CUDA kernel yet",
     "e4m3": "8-bit inputs have no CUDA kernel yet",
     "query_v": "qv has no CUDA kernel yet",
 }
@@ -25,6 +23,26 @@ def pytest_addoption(parser):
         default="both",
         help="where the tests that take a device run; both: CUDA is skipped where it cannot run",
     )
+    parser.addoption(
+        "--tier",
+        choices=("quick", "full"),
+        default="quick",
+        help="full: also what needs hours or most of a GPU's memory, and 1000 repetitions for 20",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--tier") == "full":
+        return
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="long tier: --tier full"))
+
+
+@pytest.fixture(scope="session")
+def repetitions(request) -> int:
+    """How often a result must come out with the same bits."""
+    return 1000 if request.config.getoption("--tier") == "full" else 20
 
 
 def pytest_generate_tests(metafunc):
@@ -45,7 +63,7 @@ def device(request):
 
 @pytest.fixture
 def needs(device):
-    """needs("forward") skips on CUDA while that part is on the list above."""
+    """needs("e4m3") skips on CUDA while that part is on the list above."""
 
     def check(*features):
         for feature in features:

@@ -28,8 +28,7 @@ def truth(out_partial, lse_partial, sink):
 @pytest.mark.parametrize("dv", [64, 59, 128, 512])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_sink", [False, True])
-def test_combine(n, dv, packed, with_sink, device, needs):
-    needs("combine")
+def test_combine(n, dv, packed, with_sink, device):
     shape = (33, 3) if packed else (2, 5, 3)
     out_partial, lse_partial = partials(n, shape, dv)
     sink = torch.tensor([0.3, -2.0, 4.0]) if with_sink else None
@@ -49,9 +48,8 @@ def test_combine(n, dv, packed, with_sink, device, needs):
 
 @pytest.mark.parametrize("empty", [(0,), (1,), (2,), (0, 1, 2)])
 @pytest.mark.parametrize("sink", [None, 0.7, -float("inf")])
-def test_empty_partials(empty, sink, device, needs):
+def test_empty_partials(empty, sink, device):
     """A partial with LSE -inf contributes nothing, even if its output is NaN."""
-    needs("combine")
     out_partial, lse_partial = partials(3, (1, 4, 2), 64)
     for i in empty:
         lse_partial[i] = float("-inf")
@@ -71,8 +69,7 @@ def test_empty_partials(empty, sink, device, needs):
     torch.testing.assert_close(lse.cpu().double(), lse_expected, rtol=1e-5, atol=1e-6)
 
 
-def test_out_argument(device, needs):
-    needs("combine")
+def test_out_argument(device):
     out_partial, lse_partial = (x.to(device) for x in partials(3, (1, 4, 2), 64))
     expected, _ = sinkattn.flash_attn_combine(out_partial, lse_partial)
     target = torch.full_like(expected, float("nan"))
@@ -82,9 +79,8 @@ def test_out_argument(device, needs):
 
 
 @pytest.mark.parametrize("sink_on", [False, True])
-def test_merge_equals_one_call(sink_on, device, needs):
+def test_merge_equals_one_call(sink_on, device):
     """Attention over disjoint keys, merged, is attention over all of them; gradients too."""
-    needs("forward", "backward")
     g = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(2, n, h, 64, generator=g).double() for n, h in ((20, 4), (90, 2), (90, 2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few queries against a long cache: splits and sinks, hostile lengths and pages, poisoned memory."""
+"""Few queries, a long cache: splits and sinks, hostile lengths and pages, poisoned memory."""
 
 from __future__ import annotations
 
@@ -163,7 +163,11 @@ def test_page_sizes(page, dims, device):
     dense.q, dense.k, dense.v = cache.q, cache.dense_k, cache.dense_v
     lengths = ints(device, 512, 100, 7, 0)
     pad = ints(device, 5, 99, 0, 0)
-    options = {"causal": True, "cache_leftpad": pad, "learnable_sink": make_sink("normal", 8, device)}
+    options = {
+        "causal": True,
+        "cache_leftpad": pad,
+        "learnable_sink": make_sink("normal", 8, device),
+    }
     paged = cache.run(lengths, num_splits=1, **options)
     expected = dense.run(lengths, num_splits=1, **options)
     assert all(torch.equal(a, b) for a, b in zip(paged, expected, strict=True))
@@ -374,9 +378,7 @@ def test_graph_with_lengths_and_pages_changed_in_place(device):
     words = torch.zeros(5, dtype=torch.int32, device=device)
 
     def step():
-        words.copy_(
-            sinkattn.get_scheduler_metadata(4, 1, 1024, 64, 8, 64, lengths, page_size=16)
-        )
+        words.copy_(sinkattn.get_scheduler_metadata(4, 1, 1024, 64, 8, 64, lengths, page_size=16))
         appended = sinkattn.flash_attn_with_kvcache(
             cache.q, cache.k, cache.v, new, new, cache_seqlens=lengths, causal=True,
             page_table=table, learnable_sink=sink, scheduler_metadata=words, **rotary,

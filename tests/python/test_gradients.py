@@ -51,8 +51,9 @@ def test_gradcheck(options, packed, with_sink):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)])
-def test_bitwise_repeatable(dtype, dims, device, needs):
-    needs("forward", "backward")
+def test_bitwise_repeatable(dtype, dims, device):
+    if device == "cuda" and dtype == "fp32":
+        pytest.skip("fp32 is a CPU dtype")
     inputs = make_inputs(Case(2, 150, 170, (8, 2), dims, dtype, (("causal", True),)))
 
     def once():
@@ -72,9 +73,8 @@ def test_bitwise_repeatable(dtype, dims, device, needs):
     torch.set_num_threads(1)
 
 
-def test_batch_invariance(device, needs):
+def test_batch_invariance(device):
     """A sequence gives the same bits alone and among others."""
-    needs("forward", "backward")
     inputs = make_inputs(Case(9, 70, 90, (6, 2), (64, 64), "bf16", (("causal", True),)))
 
     def results(rows):
@@ -93,9 +93,8 @@ def test_batch_invariance(device, needs):
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
-def test_padding_never_matters(garbage, device, needs):
+def test_padding_never_matters(garbage, device):
     """Whatever lies outside the used range of any input, results have the same bits."""
-    needs("forward", "backward")
     inputs = make_inputs(Case(2, 60, 70, (4, 2), (64, 64), "bf16"))
     used_q, used_k = [60, 13], [33, 70]
     index = {
@@ -122,9 +121,9 @@ def test_padding_never_matters(garbage, device, needs):
         assert torch.equal(clean, spoiled)
 
 
-def test_training_follows_eager(device, needs):
-    """Two attention layers with sinks, 200 steps: loss and sinks follow the eager run in fp32."""
-    needs("forward", "backward")
+def test_training_follows_eager(device):
+    """Two attention layers with sinks, 200 steps: loss and sinks follow the eager run in fp32. On
+    CUDA attention is computed in bf16: it may stray twice as far as eager attention in bf16 does."""
     g = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 48, 32, generator=g).to(device)
     target = torch.randn(2, 48, 32, generator=g).to(device)
@@ -151,12 +150,28 @@ def test_training_follows_eager(device, needs):
         return torch.tensor(losses), torch.stack([s.detach() for s in sinks])
 
     options = {"causal": True, "window_size": (15, 0)}
-    ours = train(lambda q, k, v, s: sinkattn.flash_attn_func(q, k, v, learnable_sink=s, **options))
-    eager = train(
-        lambda q, k, v, s: sinkattn.attention_reference(
-            q, k, v, learnable_sink=s, compute_dtype=torch.float32, **options
-        )[0]
-    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def flash(q, k, v, s):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        return sinkattn.flash_attn_func(q, k, v, learnable_sink=s, **options).float()
+
+    def eager_in(compute_dtype):
+        def attention(q, k, v, s):
+            q, k, v = (x.to(compute_dtype) for x in (q, k, v))
+            out, _ = sinkattn.attention_reference(
+                q, k, v, learnable_sink=s, compute_dtype=compute_dtype, **options
+            )
+            return out.float()
+
+        return attention
+
+    ours, eager = train(flash), train(eager_in(torch.float32))
     assert ours[0][-1] < 0.9 * ours[0][0]
-    torch.testing.assert_close(ours[0], eager[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours[1], eager[1], rtol=1e-2, atol=1e-3)
+    if device == "cpu":
+        torch.testing.assert_close(ours[0], eager[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[1], eager[1], rtol=1e-2, atol=1e-3)
+        return
+    same = train(eager_in(torch.bfloat16))
+    for mine, low, exact in zip(ours, same, eager, strict=True):
+        assert (mine - exact).abs().max() <= 2 * (low - exact).abs().max() + 1e-4

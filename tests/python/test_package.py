@@ -27,6 +27,7 @@ GLIBCXX_CEILING = (3, 4, 30)
 sys.path.insert(0, str(TOOLS))
 audit = pytest.importorskip("audit", reason="tools/ is not beside the tests")
 import nvcc_guard  # noqa: E402
+import sanitize  # noqa: E402
 import sass_stats  # noqa: E402
 
 
@@ -326,6 +327,38 @@ def test_wheel_serves_cpp_programs(wheel, tmp_path, has_kernels):
     run = subprocess.run([f"{build}/consumer"], capture_output=True, text=True, timeout=60)
     version = re.search(r"sinkattn-([\d.]+)-", wheel.name).group(1)
     assert run.stdout == f"{version} {int(has_kernels)}"
+
+
+# --- compute-sanitizer ---------------------------------------------------------------------------
+
+
+def test_sanitizer_grid_is_valid(library):
+    """Every case of the reduced grid is a legal call: on CPU tensors all of them run."""
+    run = subprocess.run(
+        [sys.executable, TOOLS / "sanitize.py", "--grid", "cpu"],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^grid: \d{3} cases ran, 0 are not built$", run.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("status", "lines", "clean"),
+    [
+        (0, ["grid: 9 cases ran, 2 are not built", "========= ERROR SUMMARY: 0 errors"], True),
+        (86, ["grid: 9 cases ran, 2 are not built", "========= ERROR SUMMARY: 3 errors"], False),
+        (2, ["no Hopper GPU: none", "========= ERROR SUMMARY: 0 errors"], False),
+        (0, ["========= ERROR SUMMARY: 0 errors"], False),  # died before the grid's last line
+        (0, ["grid: 9 cases ran, 2 are not built"], False),  # not a sanitizer
+    ],
+)
+def test_sanitizer_verdict(tmp_path, monkeypatch, status, lines, clean):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{x}'\n" for x in lines) + f"exit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sanitize, "LOGS", tmp_path)
+    assert sanitize.run(str(program), "memcheck") == clean
 
 
 # --- the C++ side -------------------------------------------------------------------------------

@@ -18,11 +18,6 @@ def dtype(request, device):
     return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[request.param]
 
 
-@pytest.fixture(autouse=True)
-def _served(needs):
-    needs("forward", "backward")
-
-
 @pytest.fixture(params=[64, 128])
 def problem(request, device, dtype):
     g = torch.Generator().manual_seed(1)

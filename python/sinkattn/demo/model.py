@@ -10,10 +10,14 @@ import torch
 
 CONTEXT = 256
 WINDOW = 128
+EXPERTS = 4
 
 
-def make_model(attention: str, seed: int = 0, layers: int = 4):
-    """GptOssForCausalLM over bytes; layers alternate between a 128-token window and full."""
+def make_model(attention: str, seed: int = 0, layers: int = 4, experts_per_token: int = EXPERTS):
+    """GptOssForCausalLM over bytes; layers alternate between a 128-token window and full.
+
+    All experts serve every token unless told otherwise: a choice among them turns a rounding into
+    another expert, and two runs that are compared drift apart (docs/numerics.md)."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(
@@ -24,8 +28,8 @@ def make_model(attention: str, seed: int = 0, layers: int = 4):
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=32,
-        num_local_experts=4,
-        num_experts_per_tok=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=experts_per_token,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"] * (layers // 2),
         max_position_embeddings=1024,

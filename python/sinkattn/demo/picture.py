@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a training run: both loss curves, and what the sinks take."""
+"""The picture of a training run: loss curves, their distances, and what the sinks take."""
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 GRID = {"alpha": 0.25}
 
 
 def draw(history: dict[str, list[float]], masses, every: int, path: Path, title: str) -> None:
-    """history: losses per attention name. masses: per record a (layers, heads) tensor."""
+    """history: losses per run; the first is the reference, the second ours, a third one a reference
+    that started one rounding away. masses: per record a (layers, heads) tensor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,13 +20,21 @@ def draw(history: dict[str, list[float]], masses, every: int, path: Path, title:
     layers = masses[0].shape[0]
     figure = plt.figure(figsize=(11, 7.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    axes = top.subplots()
-    styles = [{"color": "#d98c21", "lw": 3.5, "alpha": 0.7}, {"color": "#1f4e8c", "lw": 1.3}]
-    for (name, losses), style in zip(history.items(), styles, strict=False):
-        axes.plot(range(len(losses)), losses, label=name, **style)
+    axes, apart = top.subplots(1, 2, width_ratios=[1.6, 1])
+    (reference, expected), *others = history.items()
+    axes.plot(expected, label=reference, color="#d98c21", lw=3.5, alpha=0.7)
+    colours = ["#1f4e8c", "#8a8a8a"]
+    for (name, losses), colour in zip(others, colours, strict=False):
+        if colour == colours[0]:  # the others would hide it
+            axes.plot(losses, label=name, color=colour, lw=1.3)
+        # The floor keeps steps with equal losses on a logarithmic axis.
+        gaps = [max(abs(a - b), 1e-8) for a, b in zip(losses, expected, strict=True)]
+        apart.plot(list(accumulate(gaps, max)), label=name, color=colour, lw=1.6)
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title=title)
-    axes.legend(frameon=False)
-    axes.grid(**GRID)
+    apart.set(xlabel="step", yscale="log", title=f"largest distance to {reference} so far")
+    for axis in (axes, apart):
+        axis.legend(frameon=False, fontsize=9)
+        axis.grid(**GRID)
     panels = bottom.subplots(1, layers, sharey=True)
     steps = [i * every for i in range(len(masses))]
     for layer, panel in enumerate(panels):
@@ -36,7 +46,7 @@ def draw(history: dict[str, list[float]], masses, every: int, path: Path, title:
         panel.grid(**GRID)
     panels[0].set_ylabel("mean sink mass, one line per head")
     panels[0].set_ylim(bottom=0)
-    for axis in (axes, *panels):
+    for axis in (axes, apart, *panels):
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

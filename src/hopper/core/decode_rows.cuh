@@ -37,7 +37,7 @@ struct RowLimits {
 
 template <class T, int RowTiles, int Columns, int ColumnsV, int Keys>
 struct DecodeRows {
-  static constexpr int steps = Columns / 16;   ///< k16 steps of Q K^T
+  static constexpr int steps = Columns / 16;  ///< k16 steps of Q K^T
   static constexpr int key_blocks = Keys / 16;
   // Q stays in registers where there is room; else its fragments are read again at every step.
   static constexpr bool keep_query = RowTiles * steps <= 8;

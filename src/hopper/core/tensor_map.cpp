@@ -19,12 +19,13 @@ Status encoder(Encode* result) {
   static const Status status = []() -> Status {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult query{};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &query);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &query);
     SINKATTN_RETURN_IF_ERROR(cuda_status(error, "cuTensorMapEncodeTiled"));
     if (query != cudaDriverEntryPointSuccess || function == nullptr) {
-      return Status::error(StatusCode::runtime_error,
-                           "driver: expected one that encodes tensor maps (CUDA 12.0), got another");
+      return Status::error(
+          StatusCode::runtime_error,
+          "driver: expected one that encodes tensor maps (CUDA 12.0), got another");
     }
     found = reinterpret_cast<Encode>(function);
     return {};
@@ -37,7 +38,9 @@ Status encode(const TensorMapKey& key, CUtensorMap* map) {
   Encode function = nullptr;
   SINKATTN_RETURN_IF_ERROR(encoder(&function));
   constexpr cuuint64_t element = 2;
-  const auto size = [](std::int64_t n) { return static_cast<cuuint64_t>(std::max<std::int64_t>(n, 1)); };
+  const auto size = [](std::int64_t n) {
+    return static_cast<cuuint64_t>(std::max<std::int64_t>(n, 1));
+  };
   // The stride of a dimension of one element is never used, but must be valid.
   const auto stride = [](std::int64_t elements, std::int64_t extent) {
     return extent > 1 ? static_cast<cuuint64_t>(elements) * element : cuuint64_t{16};
@@ -50,13 +53,12 @@ Status encode(const TensorMapKey& key, CUtensorMap* map) {
   const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(key.box_rows), 1, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const auto base = reinterpret_cast<std::uintptr_t>(key.data) - size(key.rows) * row_stride;
-  const CUtensorMapDataType type = key.dtype == DType::bfloat16
-                                       ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult error = function(
-      map, type, 5, reinterpret_cast<void*>(base), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUtensorMapDataType type = key.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult error =
+      function(map, type, 5, reinterpret_cast<void*>(base), sizes, strides, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error == CUDA_SUCCESS) return {};
   return Status::error(StatusCode::runtime_error,
                        "cuTensorMapEncodeTiled: expected success, got CUDA driver error %d for "

@@ -8,6 +8,9 @@
 // whose address is that of row first + r, and which is outside the map exactly for r >= length. So
 // the hardware itself clips at the end of every sequence: loads fill with zeros, stores are
 // dropped. There is no lower clip: never ask for r < 0.
+// Every box must have a row and a column inside the tensor: for one that lies wholly outside, the
+// copy engine touches the map's base address (seen on an H100: illegal address), and that lies
+// before the tensor, where nothing need be mapped.
 #pragma once
 
 #include <cuda.h>

@@ -57,8 +57,8 @@ __device__ std::int64_t slot_offset(const KeyStorage& cache, const HeadsTensor& 
   if (cache.page_table == nullptr) return tensor.offset(row, slot, head);
   const std::uint32_t size = static_cast<std::uint32_t>(cache.page_size);
   const std::uint32_t at = static_cast<std::uint32_t>(slot);
-  const std::int64_t page = clamp_index(
-      cache.page_table[row * cache.page_table_stride + at / size], 0, cache.num_pages - 1);
+  const std::int64_t page = clamp_index(cache.page_table[row * cache.page_table_stride + at / size],
+                                        0, cache.num_pages - 1);
   return tensor.offset(page, at % size, head);
 }
 
@@ -187,8 +187,7 @@ __device__ void rotate_query(const AppendProblem& p, std::uint32_t row) {
     const int head = item / chunks;
     const int chunk = item % chunks;
     const T* source = static_cast<const T*>(p.query.data) + p.query.offset(batch, at_row, head);
-    T* target =
-        static_cast<T*>(p.query_rotated.data) + p.query_rotated.offset(batch, at_row, head);
+    T* target = static_cast<T*>(p.query_rotated.data) + p.query_rotated.offset(batch, at_row, head);
     if (token.used) {
       rotate_chunk(p, source, target, chunk, table_row);
     } else {
@@ -217,8 +216,8 @@ __global__ void __launch_bounds__(block_threads)
   } else if (block < new_rows + query_rows) {
     rotate_query<T>(p, block - new_rows);
   } else {
-    count_slots(p, static_cast<std::int64_t>(block - new_rows - query_rows) * block_threads +
-                       threadIdx.x);
+    count_slots(
+        p, static_cast<std::int64_t>(block - new_rows - query_rows) * block_threads + threadIdx.x);
   }
 }
 
@@ -229,8 +228,7 @@ Status launch_append(const AppendProblem& p, cudaStream_t stream) {
   const std::int64_t new_rows = packed ? p.longest_new : p.batch * p.longest_new;
   const std::int64_t query_rows =
       p.rotary_dim == 0 ? 0 : (p.packed_q ? p.rows_q : p.batch * p.rows_q);
-  const std::int64_t grid =
-      new_rows + query_rows + (p.batch + block_threads - 1) / block_threads;
+  const std::int64_t grid = new_rows + query_rows + (p.batch + block_threads - 1) / block_threads;
   if (grid > std::numeric_limits<std::int32_t>::max()) {
     return Status::error(StatusCode::not_implemented,
                          "k: expected fewer than 2^31 new tokens and queries, got more");

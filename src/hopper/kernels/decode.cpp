@@ -130,8 +130,8 @@ Status fill_rows(const ForwardProblem& p, cudaStream_t stream) {
   return launch_decode_fill(fill, stream);
 }
 
-Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch,
-                    const DecodeParams& params, cudaStream_t stream) {
+Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch, const DecodeParams& params,
+                    cudaStream_t stream) {
   DecodeMerge merge = {};
   merge.out = p.out;
   merge.lse = p.lse;
@@ -216,7 +216,8 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.min_tiles = p.num_splits == 0 ? decode_min_tiles : 1;
   params.partial_out = reinterpret_cast<float*>(memory);
   params.partial_lse = reinterpret_cast<float*>(memory + launch.lse_offset);
-  params.cuts = launch.cuts > 0 ? reinterpret_cast<DecodeCut*>(memory + launch.cuts_offset) : nullptr;
+  params.cuts =
+      launch.cuts > 0 ? reinterpret_cast<DecodeCut*>(memory + launch.cuts_offset) : nullptr;
 
   if (outputs_outside_sequences(p)) SINKATTN_RETURN_IF_ERROR(fill_rows(p, stream));
   if (launch.grid == 0 || p.batch == 0 || packed_rows(p) == 0) return {};

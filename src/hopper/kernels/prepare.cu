@@ -22,6 +22,7 @@ struct PrepareParams {
   float* lse2;
   float* d;
   float* partials;
+  PrepareAccumulator accumulator;
   std::int64_t rows, tiles, blocks;
   int heads, head_dim_v;
   bool packed;
@@ -85,6 +86,14 @@ __device__ float block_sum(float value) {
   return sum;
 }
 
+/// Zeros the accumulator's rows [row, row + 128).
+__device__ void zero_accumulator(const PrepareAccumulator& accumulator, std::int64_t row) {
+  if (accumulator.data == nullptr) return;
+  auto* to = reinterpret_cast<float4*>(accumulator.data + row * accumulator.columns);
+  const int vectors = static_cast<int>(prepare_tile_rows) * accumulator.columns / 4;
+  for (int i = threadIdx.x; i < vectors; i += block_threads) to[i] = make_float4(0, 0, 0, 0);
+}
+
 /// One block: 128 rows of one (sequence, head). Heads vary fastest over blocks, because the heads
 /// of a row are neighbours in memory. Threads: lanes that share a row.
 template <class Pair, int Threads>
@@ -107,6 +116,7 @@ __global__ void __launch_bounds__(block_threads) prepare_kernel(const PreparePar
     if (threadIdx.x == 0 && p.partials != nullptr) p.partials[head * p.blocks + block] = 0.0f;
     return;
   }
+  zero_accumulator(p.accumulator, statistics + first);
   float partial = 0.0f;
 #pragma unroll 4
   for (int r = threadIdx.x / Threads; r < prepare_tile_rows; r += block_threads / Threads) {
@@ -198,7 +208,8 @@ PrepareLayout::PrepareLayout(const BackwardProblem& problem) {
   bytes = partial_offset + aligned(4 * problem.heads_q * blocks);
 }
 
-Status launch_prepare(const BackwardProblem& problem, void* workspace, cudaStream_t stream) {
+Status launch_prepare(const BackwardProblem& problem, void* workspace,
+                      const PrepareAccumulator& accumulator, cudaStream_t stream) {
   const PrepareLayout layout(problem);
   char* memory = static_cast<char*>(workspace);
   PrepareParams p;
@@ -213,6 +224,7 @@ Status launch_prepare(const BackwardProblem& problem, void* workspace, cudaStrea
   p.d = reinterpret_cast<float*>(memory + layout.d_offset);
   float* partials = reinterpret_cast<float*>(memory + layout.partial_offset);
   p.partials = problem.dsink.data == nullptr ? nullptr : partials;
+  p.accumulator = accumulator;
   p.rows = layout.rows;
   p.tiles = layout.tiles;
   p.blocks = layout.blocks;

@@ -35,7 +35,15 @@ struct PrepareLayout {
   }
 };
 
+/// The accumulator of dQ, which the pass fills with zeros tile by tile: (.., rows, columns) fp32 in
+/// the row order of the statistics. data null: none.
+struct PrepareAccumulator {
+  float* data = nullptr;
+  int columns = 0;
+};
+
 /// Launches the pass and the fixed-order reduction of dsink on `stream`.
-Status launch_prepare(const BackwardProblem& problem, void* workspace, cudaStream_t stream);
+Status launch_prepare(const BackwardProblem& problem, void* workspace,
+                      const PrepareAccumulator& accumulator, cudaStream_t stream);
 
 }  // namespace sinkattn::hopper

@@ -37,11 +37,11 @@ __device__ void measure(const ScheduleArguments& a, int b, std::int64_t* tiles,
   }
   std::int64_t added = a.max_new;
   if (a.cu_seqlens_new != nullptr) {
-    added = clamp_index(static_cast<std::int64_t>(a.cu_seqlens_new[b + 1]) - a.cu_seqlens_new[b],
-                        0, a.max_k);
+    added = clamp_index(static_cast<std::int64_t>(a.cu_seqlens_new[b + 1]) - a.cu_seqlens_new[b], 0,
+                        a.max_k);
   }
-  const std::int64_t used = clamp_index(clamp_index(a.cache_seqlens[b], 0, a.max_k) + added, 0,
-                                        a.max_k);
+  const std::int64_t used =
+      clamp_index(clamp_index(a.cache_seqlens[b], 0, a.max_k) + added, 0, a.max_k);
   const std::int64_t pad = a.leftpad == nullptr ? 0 : clamp_index(a.leftpad[b], 0, used);
   const Range low = visible_keys(a.mask, 0, rows, used - pad);
   const Range high = visible_keys(a.mask, rows - 1, rows, used - pad);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // ldmatrix and stmatrix: four 8x8 matrices of 16-bit elements between registers and shared memory.
-// Lane l supplies the address of row l % 8 of matrix l / 8.
+// Lane l supplies the address of row l % 8 of matrix l / 8. And plain loads by address.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,16 @@ __device__ inline void store_matrix_x4(std::uint32_t address, std::uint32_t a, s
 __device__ inline void store_matrix_x4_transposed(std::uint32_t address, std::uint32_t a,
                                                   std::uint32_t b, std::uint32_t c,
                                                   std::uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
+__device__ inline float2 load_shared_float2(std::uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
 }
 
 }  // namespace sinkattn::hopper::ptx

@@ -53,8 +53,8 @@ __device__ inline void tma_store(const CUtensorMap* map, std::uint32_t source, B
 }
 
 /// Contiguous bytes, global -> shared memory; both addresses and `bytes` are multiples of 16.
-__device__ inline void bulk_load(std::uint32_t destination, const void* source,
-                                 std::uint32_t bytes, std::uint64_t* barrier) {
+__device__ inline void bulk_load(std::uint32_t destination, const void* source, std::uint32_t bytes,
+                                 std::uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(destination),
@@ -71,9 +71,7 @@ __device__ inline void bulk_reduce_add(float* destination, std::uint32_t source,
                : "memory");
 }
 
-__device__ inline void bulk_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 /// Until all but `Pending` groups of this thread have read their shared memory.
 template <int Pending>

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Warpgroup matrix multiply, fp32 accumulators: wgmma.mma_async m64nNk16 on bf16 or fp16.
 //
-// Fragments (thread t of the warpgroup, w = t / 32, g = t % 32 / 4, q = t % 4): accumulator i is row
-// 16 w + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 q + i % 2. The four A registers of a k16 block hold
-// (row g, k 2q..), (g + 8, 2q..), (g, 2q + 8..), (g + 8, 2q + 8..): a packed accumulator is an A
-// operand without any shuffle.
+// Fragments (thread t of the warpgroup, w = t / 32, g = t % 32 / 4, q = t % 4): accumulator i is
+// row 16 w + g + 8 (i / 2 % 2), column 8 (i / 4) + 2 q + i % 2. The four A registers of a k16 block
+// hold (row g, k 2q..), (g + 8, 2q..), (g, 2q + 8..), (g + 8, 2q + 8..): a packed accumulator is an
+// A operand without any shuffle.
 #pragma once
 
 #include <cuda_bf16.h>

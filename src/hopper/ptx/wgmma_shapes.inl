@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Written by tools/generate_wgmma.py; included by wgmma.cuh alone. clang-format off
+// Written by tools/generate_wgmma.py; included by wgmma.cuh alone.
+// clang-format off
 
 template <>
 struct WgmmaShape<8> {

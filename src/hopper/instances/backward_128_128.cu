@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hopper/instances/backward_instance.cuh"
+
+SINKATTN_BACKWARD_INSTANCE(KeyPass, 128, 128)

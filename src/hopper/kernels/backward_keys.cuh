@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+// The key pass: dK, dV of 128 keys, and their contribution to dQ.
+//
+// A block holds K and V of 128 keys of one KV head and walks over the query tiles (64 rows) that
+// see them, for all query heads of the group. Two main warpgroups own 64 keys each:
+//   S^T = K Q^T, dP^T = V dO^T       P = exp2(S c - LSE2), dS = P (dP - D')
+//   dV += P^T dO, dK += dS^T Q       operands P^T, dS^T are the accumulators just computed
+// and put dS into a ring of shared-memory tiles. A third warpgroup turns them into dQ = dS K and
+// adds that to the fp32 accumulator in L2. Nothing synchronises the block as a whole: the two main
+// warpgroups drift apart until one's exponentials run under the other's matrix products.
+//
+// Here: shared memory, barriers, and the roles that copy and that form dQ. The main warpgroups are
+// in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
+#pragma once
+
+#include "hopper/backward_tuning.h"
+#include "hopper/core/backward_gradient.cuh"
+#include "hopper/core/backward_load.cuh"
+#include "hopper/core/backward_work.cuh"
+#include "hopper/core/tile.cuh"
+#include "hopper/ptx/matrix.cuh"
+#include "hopper/ptx/mbarrier.cuh"
+#include "hopper/ptx/sync.cuh"
+#include "hopper/ptx/wgmma.cuh"
+
+namespace sinkattn::hopper {
+
+template <class C>
+struct KeyPassMain;
+
+template <class T_, int D_, int DV_, bool Softcap_, class Tuning_ = KeyPassTuning<D_, DV_>>
+struct KeyPass {
+  using T = T_;
+  using Tuning = Tuning_;
+  static constexpr int d = D_, dv = DV_;
+  static constexpr bool softcap = Softcap_;
+  static constexpr int queries = backward_tile_queries, keys = 128, warpgroup_keys = 64;
+  static constexpr int stages = Tuning::stages;
+  // With softcap the scores live on as tanh values until dS, so that S cannot start ahead.
+  static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
+  static constexpr bool key_in_registers = Tuning::key_in_registers && !softcap;
+  static constexpr bool value_in_registers = Tuning::value_in_registers && !softcap;
+  static constexpr bool producer_group = Tuning::producer_group;
+  static constexpr int threads = producer_group ? 512 : 384;
+  static constexpr int first_main_group = threads / 128 - 2;
+  using KeyTile = Tile<keys, d>;
+  using ValueTile = Tile<keys, dv>;
+  using QueryTile = Tile<queries, d>;
+  using DoutTile = Tile<queries, dv>;
+  using ScoreTile = Tile<queries, keys>;  ///< dS as [query][key], a slab per main warpgroup
+  static constexpr ptx::Major score_major = ptx::Major::k;  ///< dS as operand A of dQ
+  static constexpr int probability_bytes = 0;               ///< P in shared memory, per slot
+  template <class C>
+  using Main = KeyPassMain<C>;
+
+  /// First key, in the block's tile, of a main warpgroup.
+  __host__ __device__ static constexpr int group_key(int group) { return group * warpgroup_keys; }
+};
+
+/// Shared memory of a block.
+template <class C>
+struct KeyPassSmem {
+  static constexpr int key = 0;
+  static constexpr int value = key + C::KeyTile::bytes;
+  static constexpr int query = value + C::ValueTile::bytes;
+  static constexpr int dout = query + C::stages * C::QueryTile::bytes;
+  static constexpr int score = dout + C::stages * C::DoutTile::bytes;
+  static constexpr int probability = score + C::stages * C::ScoreTile::bytes;
+  static constexpr int lse2 = probability + C::stages * C::probability_bytes;
+  static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
+  static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
+  static constexpr int facts = intervals + C::keys * 8;
+  static constexpr int barriers = facts + 64;
+  static constexpr int bytes = barriers + 8 * (1 + 5 * C::stages);
+  static constexpr int alignment = 1024;
+  static constexpr int allocated = bytes + alignment;  ///< dynamic memory is aligned by hand
+  static_assert(query % 1024 == 0 && dout % 1024 == 0 && score % 1024 == 0);
+  static_assert(barriers % 8 == 0);
+  static_assert(allocated <= 232448, "227 KiB per block");
+};
+
+/// Barriers, by what their completion means.
+template <class C>
+struct KeyPassBarriers {
+  std::uint64_t* keys_full;    ///< K, V loaded: producer's expect_tx -> mains, dQ group
+  std::uint64_t* query_full;   ///< [stage] Q, LSE2 loaded -> mains
+  std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
+  std::uint64_t* stage_empty;  ///< [stage] the 8 main warps are done with Q and dO -> producer
+  std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
+  std::uint64_t* score_empty;  ///< [stage] the 4 dQ warps have read dS -> mains
+
+  __device__ explicit KeyPassBarriers(char* smem) {
+    keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
+    query_full = keys_full + 1;
+    dout_full = query_full + C::stages;
+    stage_empty = dout_full + C::stages;
+    score_full = stage_empty + C::stages;
+    score_empty = score_full + C::stages;
+  }
+
+  __device__ void init() const {
+    ptx::mbarrier_init(keys_full, 1);
+    for (int i = 0; i < C::stages; ++i) {
+      ptx::mbarrier_init(query_full + i, 1);
+      ptx::mbarrier_init(dout_full + i, 1);
+      ptx::mbarrier_init(stage_empty + i, 8);
+      ptx::mbarrier_init(score_full + i, 8);
+      ptx::mbarrier_init(score_empty + i, 4);
+    }
+    ptx::mbarrier_init_fence();
+  }
+};
+
+/// Which sequence, KV head and keys a block has, and which part of the group's query heads.
+struct KeyPassPlace {
+  int b, kv_head, split, first_key;
+
+  __device__ KeyPassPlace(const BackwardArguments& p, unsigned block, int keys) {
+    const BlockPlace place =
+        place_block(block, p.batch * p.heads_kv * p.splits, p.tiles, p.section);
+    split = place.pair % p.splits;
+    kv_head = place.pair / p.splits % p.heads_kv;
+    b = place.pair / p.splits / p.heads_kv;
+    first_key = place.tile * keys;
+  }
+};
+
+/// What a block works on.
+struct KeyPassWork {
+  KeyPassPlace place;
+  SequencePair sequence;
+  int first_head;   ///< query head
+  TileRange tiles;  ///< query tiles of each head
+  int iterations;   ///< heads * tiles
+
+  __device__ KeyPassWork(const BackwardArguments& p, const KeyPassPlace& place_, int keys)
+      : place(place_), sequence(p, place_.b) {
+    first_head = place.kv_head * p.group + place.split * p.heads_per_split;
+    const int heads = min(p.heads_per_split, p.group - place.split * p.heads_per_split);
+    tiles = query_tiles(p.mask, place.first_key, place.first_key + keys, sequence.queries.length,
+                        sequence.keys.length);
+    iterations = heads * (tiles.end - tiles.begin);
+  }
+};
+
+/// What the main warpgroups need of the block, in shared memory: computing it takes more registers
+/// than they have.
+struct alignas(16) BlockFacts {
+  TileRange tiles;    ///< query tiles of each head
+  int iterations;     ///< over all heads
+  TileRange full[2];  ///< of them, those that need no mask for the keys of each main warpgroup
+};
+static_assert(sizeof(BlockFacts) <= 64);
+
+/// Walks over (head, query tile) in the order that all roles share.
+struct QueryWalk {
+  int head, tile;
+  TileRange tiles;
+
+  __device__ explicit QueryWalk(const KeyPassWork& work)
+      : head(work.first_head), tile(work.tiles.begin), tiles(work.tiles) {}
+
+  __device__ void advance() {
+    if (++tile == tiles.end) {
+      tile = tiles.begin;
+      ++head;
+    }
+  }
+};
+
+/// Issues the copies of a block; one lane.
+template <class C>
+struct KeyPassProducer {
+  using Smem = KeyPassSmem<C>;
+  const BackwardArguments& p;
+  const KeyPassWork& work;
+  const KeyPassBarriers<C>& barriers;
+  char* smem;
+  TileSource query, dout;
+  QueryWalk walk;
+  RingPosition<C::stages> ring;
+  int left;  ///< tiles to load
+
+  __device__ KeyPassProducer(const BackwardArguments& p_, const KeyPassWork& work_,
+                             const KeyPassBarriers<C>& barriers_, char* smem_)
+      : p(p_),
+        work(work_),
+        barriers(barriers_),
+        smem(smem_),
+        query(&p_.query, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
+        dout(&p_.dout, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
+        walk(work_),
+        left(work_.iterations) {}
+
+  __device__ void load_keys() const {
+    const KeyPassPlace& place = work.place;
+    const int batch = p.packed_k ? 0 : place.b;
+    const std::uint32_t base = ptx::shared_address(smem);
+    ptx::mbarrier_arrive_expect_tx(barriers.keys_full, C::KeyTile::bytes + C::ValueTile::bytes);
+    TileSource(&p.key, p.rows_k, work.sequence.keys, batch)
+        .template load<typename C::KeyTile, C::keys>(base + Smem::key, barriers.keys_full,
+                                                     place.first_key, place.kv_head);
+    TileSource(&p.value, p.rows_k, work.sequence.keys, batch)
+        .template load<typename C::ValueTile, C::keys>(base + Smem::value, barriers.keys_full,
+                                                       place.first_key, place.kv_head);
+  }
+
+  /// The next query tile, once the main warpgroups have left its stage.
+  __device__ void load_tile() {
+    ptx::mbarrier_wait(barriers.stage_empty + ring.slot, ring.phase ^ 1);  // <- release()
+    issue_tile();
+  }
+
+  /// The same if its stage is free already.
+  __device__ void try_load_tile() {
+    if (left > 0 && ptx::mbarrier_test_wait(barriers.stage_empty + ring.slot, ring.phase ^ 1)) {
+      issue_tile();
+    }
+  }
+
+ private:
+  __device__ void issue_tile() {
+    const std::uint32_t base = ptx::shared_address(smem);
+    const int row = walk.tile * C::queries;
+    const int stage = ring.slot;
+    const std::int64_t statistics = work.sequence.statistics(p, walk.head) + row;
+    constexpr int statistic_bytes = C::queries * 4;
+    std::uint64_t* full = barriers.query_full + stage;
+    ptx::mbarrier_arrive_expect_tx(full, C::QueryTile::bytes + statistic_bytes);
+    query.template load<typename C::QueryTile, C::queries>(
+        base + Smem::query + stage * C::QueryTile::bytes, full, row, walk.head);
+    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + statistics,
+                   statistic_bytes, full);
+    full = barriers.dout_full + stage;
+    ptx::mbarrier_arrive_expect_tx(full, (p.has_dout ? C::DoutTile::bytes : 0) + statistic_bytes);
+    if (p.has_dout) {
+      dout.template load<typename C::DoutTile, C::queries>(
+          base + Smem::dout + stage * C::DoutTile::bytes, full, row, walk.head);
+    }
+    ptx::bulk_load(base + Smem::softmax_d + stage * statistic_bytes, p.softmax_d + statistics,
+                   statistic_bytes, full);
+    walk.advance();
+    ring.advance();
+    --left;
+  }
+};
+
+/// dQ of one tile: dS K in pieces of dq_columns, each added to the accumulator when it is complete.
+/// meanwhile() runs before every piece.
+template <class C, class Meanwhile>
+__device__ __forceinline__ void add_query_gradients(char* smem, int slot, float* accumulator,
+                                                    std::uint64_t* empty,
+                                                    const Meanwhile& meanwhile) {
+  using Smem = KeyPassSmem<C>;
+  constexpr int columns = C::Tuning::dq_columns;
+  const int thread = threadIdx.x % 128;
+  const std::uint32_t address =
+      ptx::shared_address(smem + Smem::score + slot * C::ScoreTile::bytes);
+  constexpr bool by_query = C::score_major == ptx::Major::k;
+  const std::uint64_t score = by_query ? descriptor::k_major(address)
+                                       : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
+#pragma unroll
+  for (int piece = 0; piece < C::d / columns; ++piece) {
+    constexpr int slab = C::KeyTile::slab_bytes;
+    const int column = piece * columns;
+    const std::uint64_t key = descriptor::mn_major(
+        ptx::shared_address(smem + Smem::key + column / 64 * slab + column % 64 * 2), slab);
+    float dq[columns / 2];
+    meanwhile();
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < C::keys / 16; ++k) {
+      const std::uint64_t step =
+          by_query ? descriptor::k_step<C::ScoreTile::slab_bytes>(k) : k * descriptor::mn_step;
+      ptx::wgmma_ss<typename C::T, columns, C::score_major, ptx::Major::mn>(
+          dq, score + step, key + k * descriptor::mn_step, k != 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    if (piece == C::d / columns - 1) {
+      __syncwarp();
+      if (thread % 32 == 0) ptx::mbarrier_arrive(empty);  // -> wait in store_score_gradients
+    }
+#pragma unroll
+    for (int j = 0; j < columns / 8; ++j) {
+      ptx::reduce_add(accumulator + ((column / 8 + j) * 128 + thread) * 4, dq[4 * j], dq[4 * j + 1],
+                      dq[4 * j + 2], dq[4 * j + 3]);
+    }
+  }
+}
+
+/// The dQ warpgroup. Where there is no producer warpgroup its first lane also issues the copies, as
+/// soon as it finds a stage free: while it waits for dS and before every piece of dQ. It never
+/// waits for a stage alone while dS is to be consumed, so neither side can hold up the other.
+template <class C>
+__device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
+                                                    const KeyPassWork& work,
+                                                    const KeyPassBarriers<C>& barriers,
+                                                    char* smem) {
+  const bool produces = !C::producer_group && threadIdx.x % 128 == 0;
+  KeyPassProducer<C> producer(p, work, barriers, smem);
+  if (produces) producer.load_keys();
+  const bool wanted = p.dq_accumulator != nullptr;
+  if (!wanted) {
+    while (produces && producer.left > 0) producer.load_tile();
+    return;
+  }
+  const auto produce = [&] {
+    if (produces) producer.try_load_tile();
+    if (!C::producer_group) __syncwarp();
+  };
+  QueryWalk walk(work);
+  RingPosition<C::stages> ring;
+  for (int i = 0; i < work.iterations; ++i) {
+    const std::int64_t row = work.sequence.statistics(p, walk.head) + walk.tile * C::queries;
+    std::uint64_t* full = barriers.score_full + ring.slot;
+    while (produces && producer.left > 0 && !ptx::mbarrier_test_wait(full, ring.phase)) {
+      producer.try_load_tile();
+    }
+    __syncwarp();
+    ptx::mbarrier_wait(full, ring.phase);  // <- publish_score_gradients()
+    if (i == 0) ptx::mbarrier_wait(barriers.keys_full, 0);
+    add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + row * C::d,
+                           barriers.score_empty + ring.slot, produce);
+    walk.advance();
+    ring.advance();
+  }
+}
+
+}  // namespace sinkattn::hopper

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel of the key pass: prologue and roles.
+#pragma once
+
+#include "hopper/kernels/backward_keys.cuh"
+#include "hopper/kernels/backward_keys_main.cuh"
+#include "hopper/kernels/backward_keys_wide.cuh"
+
+namespace sinkattn::hopper {
+
+/// The visible rows of the block's keys, for masked tiles; and zeros for dO where there is none.
+template <class C>
+__device__ __forceinline__ void prepare_block(const BackwardArguments& p, const KeyPassWork& work,
+                                              char* smem) {
+  using Smem = KeyPassSmem<C>;
+  if (threadIdx.x < C::keys) {
+    reinterpret_cast<VisibleInterval*>(smem + Smem::intervals)[threadIdx.x] =
+        queries_of_key(p.mask, work.place.first_key + static_cast<int>(threadIdx.x),
+                       work.sequence.queries.length, work.sequence.keys.length);
+  }
+  if (threadIdx.x == 0) {
+    auto* facts = reinterpret_cast<BlockFacts*>(smem + Smem::facts);
+    const SequencePair& sequence = work.sequence;
+    facts->tiles = work.tiles;
+    facts->iterations = work.iterations;
+    for (int group = 0; group < 2; ++group) {
+      const int first = work.place.first_key + C::group_key(group);
+      facts->full[group] = full_tiles(p.mask, first, first + C::warpgroup_keys,
+                                      sequence.queries.length, sequence.keys.length);
+    }
+  }
+  if (p.has_dout) return;
+  auto* dout = reinterpret_cast<uint4*>(smem + Smem::dout);
+  for (int i = threadIdx.x; i < C::stages * C::DoutTile::bytes / 16; i += C::threads) {
+    dout[i] = make_uint4(0, 0, 0, 0);
+  }
+  ptx::fence_proxy_async_shared();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::threads, 1)
+    backward_keys_kernel(const __grid_constant__ BackwardArguments p) {
+  using Tuning = typename C::Tuning;
+  extern __shared__ char unaligned[];
+  char* smem = unaligned + (1024 - ptx::shared_address(unaligned) % 1024) % 1024;
+  const KeyPassWork work(p, KeyPassPlace(p, blockIdx.x, C::keys), C::keys);
+  if (work.place.first_key >= work.sequence.keys.length) return;
+  const KeyPassBarriers<C> barriers(smem);
+  if (threadIdx.x == 0) barriers.init();
+  prepare_block<C>(p, work, smem);
+  __syncthreads();
+  const int group = threadIdx.x / 128;
+  if (C::producer_group && group == 0) {
+    ptx::registers_decrease<C::producer_group ? Tuning::producer_registers : 24>();
+    if (threadIdx.x == 0 && work.iterations > 0) {
+      KeyPassProducer<C> producer(p, work, barriers, smem);
+      producer.load_keys();
+      while (producer.left > 0) producer.load_tile();
+    }
+  } else if (group == C::first_main_group - 1) {
+    ptx::registers_decrease<Tuning::dq_registers>();
+    if (work.iterations > 0) query_gradient_role<C>(p, work, barriers, smem);
+  } else {
+    ptx::registers_increase<Tuning::main_registers>();
+    typename C::template Main<C>(p, barriers, smem).run();
+  }
+}
+
+}  // namespace sinkattn::hopper

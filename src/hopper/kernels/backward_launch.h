@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compiled instances of the backward's two passes, one per pair of head dims; each serves both
+// dtypes, with and without softcap.
+#pragma once
+
+#include "hopper/kernels/backward.h"
+
+namespace sinkattn::hopper {
+
+struct BackwardInstance {
+  CompiledDims dims;
+  int key_pass_keys;    ///< keys per block of the key pass, and rows of its K and V boxes
+  int query_pass_keys;  ///< keys per tile of the query pass, and rows of its K and V boxes
+  Status (*key_pass)(const BackwardArguments&, DType, unsigned grid, cudaStream_t);
+  Status (*query_pass)(const BackwardArguments&, DType, unsigned grid, cudaStream_t);
+};
+
+/// Query rows per block of the query pass.
+inline constexpr int query_pass_queries = 128;
+
+extern const BackwardInstance backward_64_64;
+extern const BackwardInstance backward_96_96;
+extern const BackwardInstance backward_128_128;
+extern const BackwardInstance backward_192_128;
+extern const BackwardInstance backward_256_256;
+
+}  // namespace sinkattn::hopper
