@@ -240,6 +240,7 @@ Status plan_backward(const BackwardProblem& problem, const DeviceProperties& dev
   plan->tile_m = backward_tile_queries;
   plan->tile_n = instance->key_pass_keys;
   plan->workspace_bytes = Workspace(problem, instance->dims, plan->num_splits).bytes;
+  if (!problem.describe) return {};
   std::snprintf(plan->kernel, sizeof(plan->kernel), "backward_%s_d%d_dv%d%s",
                 dtype_name(problem.query.dtype), instance->dims.d, instance->dims.dv,
                 problem.softcap != 0.0 ? "_softcap" : "");
