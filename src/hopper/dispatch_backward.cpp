@@ -61,9 +61,9 @@ bool uses_accumulator(const BackwardProblem& problem) {
   return problem.dq.data != nullptr && !uses_query_pass(problem);
 }
 
-/// Launches of the key pass, each for some query heads of every group. Blocks drift apart over their
-/// heads; what they touch of the accumulator, Q and dO at one time should stay in L2. dK and dV go
-/// from launch to launch as fp32 sums, in order.
+/// Launches of the key pass, each for some query heads of every group. Blocks drift apart over
+/// their heads; what they touch of the accumulator, Q and dO at one time should stay in L2. dK and
+/// dV go from launch to launch as fp32 sums, in order.
 int group_parts(const BackwardProblem& problem, const BackwardInstance& instance, int splits) {
   if (splits > 1 || problem.dk.data == nullptr || !uses_accumulator(problem)) return 1;
   const std::int64_t heads =
@@ -81,15 +81,18 @@ struct Workspace {
       : prepare(problem) {
     const CompiledDims dims = instance.dims;
     const bool partial = splits > 1 || group_parts(problem, instance, splits) > 1;
-    const auto aligned = [](std::int64_t n) { return static_cast<std::size_t>(ceil_div(n, 256)) * 256; };
+    const auto aligned = [](std::int64_t n) {
+      return static_cast<std::size_t>(ceil_div(n, 256)) * 256;
+    };
     const std::int64_t batch_q = problem.packed_q ? 1 : problem.batch;
     const std::int64_t batch_k = problem.packed_k ? 1 : problem.batch;
-    const std::int64_t keys =
-        partial && problem.dk.data != nullptr ? splits * batch_k * problem.rows_k * problem.heads_kv : 0;
+    const std::int64_t keys = partial && problem.dk.data != nullptr
+                                  ? splits * batch_k * problem.rows_k * problem.heads_kv
+                                  : 0;
     const bool with_dq = uses_accumulator(problem);
     dq_offset = prepare.bytes;
-    dk_offset = dq_offset +
-                aligned(with_dq ? 4 * batch_q * problem.heads_q * prepare.rows * dims.d : 0);
+    dk_offset =
+        dq_offset + aligned(with_dq ? 4 * batch_q * problem.heads_q * prepare.rows * dims.d : 0);
     dv_offset = dk_offset + aligned(4 * keys * dims.d);
     bytes = dv_offset + aligned(4 * keys * dims.dv);
   }
@@ -128,7 +131,8 @@ BackwardArguments make_arguments(const BackwardProblem& problem) {
   p.rows_k = problem.rows_k;
   p.softmax_scale = static_cast<float>(problem.softmax_scale);
   const bool capped = problem.softcap != 0.0;
-  p.score_scale = static_cast<float>(problem.softmax_scale * (capped ? 1.0 / problem.softcap : log2e));
+  p.score_scale =
+      static_cast<float>(problem.softmax_scale * (capped ? 1.0 / problem.softcap : log2e));
   p.score_cap = static_cast<float>(problem.softcap * log2e);
   p.heads_q = static_cast<int>(problem.heads_q);
   p.heads_kv = static_cast<int>(problem.heads_kv);
@@ -275,8 +279,7 @@ Status plan_backward(const BackwardProblem& problem, const DeviceProperties& dev
   return {};
 }
 
-Status backward(const BackwardProblem& problem, const Plan& plan,
-                const ExecutionContext& context) {
+Status backward(const BackwardProblem& problem, const Plan& plan, const ExecutionContext& context) {
   const cudaStream_t stream = stream_of(context);
   if (!wants_main_pass(problem)) return launch_prepare(problem, context.workspace, {}, stream);
   const BackwardInstance* instance = find_instance(problem);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // From scores to P and dS in an accumulator fragment. A thread owns two rows (g and g + 8 of its
-// warp's 16) and, in each group of 8 columns, two columns. In the key pass rows are keys and columns
-// are queries, in the query pass the other way round.
+// warp's 16) and, in each group of 8 columns, two columns. In the key pass rows are keys and
+// columns are queries, in the query pass the other way round.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace sinkattn::hopper {
 
-/// A statistic (LSE2 or D') of the queries of a fragment: take(j) is the values for registers 4 j to
-/// 4 j + 3, j ascending. Where queries are columns they lie in shared memory; a thread loads the
+/// A statistic (LSE2 or D') of the queries of a fragment: take(j) is the values for registers 4 j
+/// to 4 j + 3, j ascending. Where queries are columns they lie in shared memory; a thread loads the
 /// first `Window` of its groups ahead of the wait for what they are combined with, each other one
 /// when a register pair becomes free.
 template <int Groups, int Window>
@@ -21,8 +21,7 @@ struct ColumnStatistics {
   std::uint32_t address;  ///< the tile's statistic, moved to this thread's first column
   float2 values[Window];
 
-  __device__ __forceinline__ explicit ColumnStatistics(std::uint32_t address_)
-      : address(address_) {
+  __device__ __forceinline__ explicit ColumnStatistics(std::uint32_t address_) : address(address_) {
 #pragma unroll
     for (int j = 0; j < Window; ++j) values[j] = ptx::load_shared_float2(address + 32 * j);
   }
@@ -74,8 +73,8 @@ __device__ __forceinline__ void hold_wait_below(const float (&p)[Registers]) {
   if (bits < 0) __trap();
 }
 
-/// probabilities() with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS
-/// is proportional to.
+/// probabilities() with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2),
+/// what dS is proportional to.
 template <class T, class Statistics, int Blocks>
 __device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks],
                                                      std::uint32_t (&p)[Blocks][4],
@@ -122,8 +121,7 @@ __device__ __forceinline__ std::uint32_t visible_registers(const VisibleInterval
 
 /// Zeros the other elements of a packed operand; bitwise, because what it replaces may be NaN.
 template <int Blocks>
-__device__ __forceinline__ void keep_visible(std::uint32_t (&a)[Blocks][4],
-                                             std::uint32_t visible) {
+__device__ __forceinline__ void keep_visible(std::uint32_t (&a)[Blocks][4], std::uint32_t visible) {
 #pragma unroll
   for (int i = 0; i < 4 * Blocks; ++i) {
     const std::uint32_t low = visible >> (2 * i) & 1 ? 0x0000ffffu : 0;

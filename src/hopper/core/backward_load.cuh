@@ -41,8 +41,7 @@ struct TileSource {
   /// Rows [row, row + Tile::rows) of `head` to `destination`, in boxes of BoxRows rows, `row` <
   /// length; completes on `barrier`. Rows past the sequence and columns past the tensor become 0.
   template <class Tile, int BoxRows>
-  __device__ void load(std::uint32_t destination, std::uint64_t* barrier, int row,
-                       int head) const {
+  __device__ void load(std::uint32_t destination, std::uint64_t* barrier, int row, int head) const {
     static_assert(Tile::rows % BoxRows == 0);
 #pragma unroll
     for (int slab = 0; slab < Tile::slabs; ++slab) {

@@ -41,8 +41,7 @@ struct SequencePair {
   /// Index of row 0 of query head `head` in the arrays of row statistics.
   __device__ std::int64_t statistics(const BackwardArguments& p, int head) const {
     const std::int64_t batch = p.packed_q ? 0 : b;
-    const std::int64_t first =
-        p.packed_q ? PrepareLayout::padded_row(queries.first_row, b) : 0;
+    const std::int64_t first = p.packed_q ? PrepareLayout::padded_row(queries.first_row, b) : 0;
     return (batch * p.heads_q + head) * p.statistic_rows + first;
   }
 };
@@ -55,14 +54,14 @@ struct VisibleInterval {
   __device__ bool contains(int i) const { return static_cast<unsigned>(i - begin) < size; }
 };
 
-__device__ inline VisibleInterval queries_of_key(const Mask& mask, std::int64_t key, std::int64_t sq,
-                                             std::int64_t sk) {
+__device__ inline VisibleInterval queries_of_key(const Mask& mask, std::int64_t key,
+                                                 std::int64_t sq, std::int64_t sk) {
   const Range rows = visible_queries(mask, key, sq, sk);
   return {static_cast<int>(rows.begin), static_cast<unsigned>(rows.size())};
 }
 
-__device__ inline VisibleInterval keys_of_query(const Mask& mask, std::int64_t row,
-                                                std::int64_t sq, std::int64_t sk) {
+__device__ inline VisibleInterval keys_of_query(const Mask& mask, std::int64_t row, std::int64_t sq,
+                                                std::int64_t sk) {
   if (row >= sq) return {0, 0};
   const Range keys = visible_keys(mask, row, sq, sk);
   return {static_cast<int>(keys.begin), static_cast<unsigned>(keys.size())};

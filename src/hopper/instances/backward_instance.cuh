@@ -21,8 +21,8 @@ Status launch_pass(Kernel kernel, int shared_bytes, const char* name, const Back
 
 template <class C>
 Status launch_keys(const BackwardArguments& p, unsigned grid, cudaStream_t stream) {
-  return launch_pass<C>(backward_keys_kernel<C>, KeyPassSmem<C>::allocated,
-                        "backward_keys_kernel", p, grid, stream);
+  return launch_pass<C>(backward_keys_kernel<C>, KeyPassSmem<C>::allocated, "backward_keys_kernel",
+                        p, grid, stream);
 }
 
 template <class C>
@@ -59,17 +59,16 @@ Status launch_query_pass(const BackwardArguments& p, DType dtype, unsigned grid,
 }  // namespace sinkattn::hopper
 
 /// Defines the BackwardInstance of a pair of head dims; `Pass_` is KeyPass or WideKeyPass.
-#define SINKATTN_BACKWARD_INSTANCE(Pass_, D, DV)                                            \
-  namespace sinkattn::hopper {                                                              \
-  namespace {                                                                               \
-  template <class T, bool Softcap>                                                          \
-  using Keys = Pass_<T, D, DV, Softcap>;                                                    \
-  }                                                                                         \
-  const BackwardInstance backward_##D##_##DV = {                                            \
-      {D, DV},                                                                              \
-      Keys<__half, false>::keys,                                                            \
-      D < 256,                                                                              \
-      QueryPassTuning<D, DV>::keys,                                                         \
-      launch_key_pass<Keys>,                                                                \
-      launch_query_pass<D, DV>};                                                            \
+#define SINKATTN_BACKWARD_INSTANCE(Pass_, D, DV)                              \
+  namespace sinkattn::hopper {                                                \
+  namespace {                                                                 \
+  template <class T, bool Softcap>                                            \
+  using Keys = Pass_<T, D, DV, Softcap>;                                      \
+  }                                                                           \
+  const BackwardInstance backward_##D##_##DV = {{D, DV},                      \
+                                                Keys<__half, false>::keys,    \
+                                                D < 256,                      \
+                                                QueryPassTuning<D, DV>::keys, \
+                                                launch_key_pass<Keys>,        \
+                                                launch_query_pass<D, DV>};    \
   }

@@ -19,16 +19,16 @@ namespace sinkattn::hopper {
 struct BackwardArguments {
   CUtensorMap query, dout, key, value;
   HeadsTensor dq, dk, dv;
-  const float* lse2;         ///< prepare's statistics, see PrepareLayout
+  const float* lse2;  ///< prepare's statistics, see PrepareLayout
   const float* softmax_d;
-  float* dq_accumulator;     ///< (b, h, rows, d) fp32 in tiles of 64 rows, fragment order; or null
-  float* dk_partial;         ///< (splits, b, rows_k, hk, d) fp32 where a group is divided; or null
+  float* dq_accumulator;  ///< (b, h, rows, d) fp32 in tiles of 64 rows, fragment order; or null
+  float* dk_partial;      ///< (splits, b, rows_k, hk, d) fp32 where a group is divided; or null
   float* dv_partial;
   SequenceSide side_q, side_k;
   Mask mask;
-  std::int64_t rows_q, rows_k;      ///< rows of the tensors: bounds of the tensor maps
-  std::int64_t statistic_rows;      ///< PrepareLayout::rows
-  std::int64_t partial_stride;      ///< rows of one split's partial gradients, times hk
+  std::int64_t rows_q, rows_k;  ///< rows of the tensors: bounds of the tensor maps
+  std::int64_t statistic_rows;  ///< PrepareLayout::rows
+  std::int64_t partial_stride;  ///< rows of one split's partial gradients, times hk
   float softmax_scale;
   /// The exponent of a raw score S in units of log2: S * score_scale, with softcap
   /// tanh(S * score_scale) * score_cap. score_cap is 0 without softcap.

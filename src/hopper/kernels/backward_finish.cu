@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(block_threads)
   __syncthreads();
   const int vectors = p.head_dim / 8;
   const std::int64_t batch = p.packed_q ? 0 : b;
-  T* dq = static_cast<T*>(p.dq.data) +
-          p.dq.offset(batch, sequence.queries.first_row + first, head);
+  T* dq = static_cast<T*>(p.dq.data) + p.dq.offset(batch, sequence.queries.first_row + first, head);
   for (int i = thread; i < tile_rows * (Columns / 8); i += block_threads) {
     const int r = i / (Columns / 8);
     const int c = i % (Columns / 8);
@@ -136,11 +135,16 @@ template <class T>
 void finish_queries(const BackwardArguments& p, int columns, int tiles, unsigned grid,
                     cudaStream_t stream) {
   switch (columns) {
-    case 64: return finish_queries_kernel<T, 64><<<grid, block_threads, 0, stream>>>(p, tiles);
-    case 96: return finish_queries_kernel<T, 96><<<grid, block_threads, 0, stream>>>(p, tiles);
-    case 128: return finish_queries_kernel<T, 128><<<grid, block_threads, 0, stream>>>(p, tiles);
-    case 192: return finish_queries_kernel<T, 192><<<grid, block_threads, 0, stream>>>(p, tiles);
-    default: return finish_queries_kernel<T, 256><<<grid, block_threads, 0, stream>>>(p, tiles);
+    case 64:
+      return finish_queries_kernel<T, 64><<<grid, block_threads, 0, stream>>>(p, tiles);
+    case 96:
+      return finish_queries_kernel<T, 96><<<grid, block_threads, 0, stream>>>(p, tiles);
+    case 128:
+      return finish_queries_kernel<T, 128><<<grid, block_threads, 0, stream>>>(p, tiles);
+    case 192:
+      return finish_queries_kernel<T, 192><<<grid, block_threads, 0, stream>>>(p, tiles);
+    default:
+      return finish_queries_kernel<T, 256><<<grid, block_threads, 0, stream>>>(p, tiles);
   }
 }
 

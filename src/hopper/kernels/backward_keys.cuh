@@ -11,8 +11,8 @@
 // synchronises the block as a whole: the warpgroups drift apart until one's exponentials run under
 // the others' matrix products.
 //
-// Here: shared memory, barriers, and the roles that copy and that form dQ and dK. The main warpgroups are
-// in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
+// Here: shared memory, barriers, and the roles that copy and that form dQ and dK. The main
+// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
 #pragma once
 
 #include "hopper/backward_tuning.h"
@@ -69,7 +69,9 @@ struct KeyPassSmem {
   static constexpr int dout = query + C::stages * C::QueryTile::bytes;
   static constexpr int score = dout + C::stages * C::DoutTile::bytes;
   static constexpr int probability = score + C::stages * C::ScoreTile::bytes;
-  static constexpr int lse2 = probability + C::stages * C::probability_bytes;
+  static constexpr int reduction = probability + C::stages * C::probability_bytes;
+  static constexpr int reduction_bytes = C::queries * C::Tuning::dq_columns * 4;
+  static constexpr int lse2 = reduction + (C::Tuning::bulk_reduction ? 2 * reduction_bytes : 0);
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
@@ -85,12 +87,12 @@ struct KeyPassSmem {
 /// Barriers, by what their completion means.
 template <class C>
 struct KeyPassBarriers {
-  std::uint64_t* keys_full;   ///< K, V loaded: producer's expect_tx -> mains, dQ group
-  std::uint64_t* query_full;  ///< [stage] Q, LSE2 loaded -> mains
-  std::uint64_t* dout_full;   ///< [stage] dO, D' loaded -> mains
-  std::uint64_t* stage_empty; ///< [stage] all readers are done with Q and dO -> producer
-  std::uint64_t* score_full;  ///< [stage] the 8 main warps wrote dS -> dQ group
-  std::uint64_t* score_empty; ///< [stage] the 4 dQ warps have read dS -> mains
+  std::uint64_t* keys_full;    ///< K, V loaded: producer's expect_tx -> mains, dQ group
+  std::uint64_t* query_full;   ///< [stage] Q, LSE2 loaded -> mains
+  std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
+  std::uint64_t* stage_empty;  ///< [stage] all readers are done with Q and dO -> producer
+  std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
+  std::uint64_t* score_empty;  ///< [stage] the 4 dQ warps have read dS -> mains
 
   __device__ explicit KeyPassBarriers(char* smem) {
     keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
@@ -166,8 +168,8 @@ struct QueryWalk {
   __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)
       : tiles(work.tiles), head(work.first_head), tile(work.tiles.begin) {
     row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
-    head_step = static_cast<std::uint32_t>(
-        p.statistic_rows - (tiles.end - 1 - tiles.begin) * backward_tile_queries);
+    head_step = static_cast<std::uint32_t>(p.statistic_rows -
+                                           (tiles.end - 1 - tiles.begin) * backward_tile_queries);
   }
 
   __device__ void advance() {
@@ -216,9 +218,9 @@ struct KeyPassProducer {
     using KeyTile = typename C::KeyTile;
     using ValueTile = typename C::ValueTile;
     const int row = place.first_key;
-    ptx::mbarrier_arrive_expect_tx(barriers.keys_full,
-                                   key.template bytes<KeyTile, C::keys>(row) +
-                                       value.template bytes<ValueTile, C::keys>(row));
+    ptx::mbarrier_arrive_expect_tx(
+        barriers.keys_full,
+        key.template bytes<KeyTile, C::keys>(row) + value.template bytes<ValueTile, C::keys>(row));
     key.template load<KeyTile, C::keys>(base + Smem::key, barriers.keys_full, row, place.kv_head);
     value.template load<ValueTile, C::keys>(base + Smem::value, barriers.keys_full, row,
                                             place.kv_head);
@@ -248,8 +250,8 @@ struct KeyPassProducer {
         full, query.template bytes<typename C::QueryTile, C::queries>(row) + statistic_bytes);
     query.template load<typename C::QueryTile, C::queries>(
         base + Smem::query + stage * C::QueryTile::bytes, full, row, walk.head);
-    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + walk.row,
-                   statistic_bytes, full);
+    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + walk.row, statistic_bytes,
+                   full);
     full = barriers.dout_full + stage;
     ptx::mbarrier_arrive_expect_tx(
         full, dout.template bytes<typename C::DoutTile, C::queries>(row) + statistic_bytes);
@@ -263,6 +265,29 @@ struct KeyPassProducer {
   }
 };
 
+/// Adds a piece of dQ to the accumulator through one of two buffers in shared memory.
+template <class C, int Registers>
+__device__ __forceinline__ void reduce_by_copy_engine(const float (&dq)[Registers], char* smem,
+                                                      int buffer, float* accumulator) {
+  constexpr int barrier_free = 2, barrier_written = 3;  // named barriers of the third warpgroup
+  using Smem = KeyPassSmem<C>;
+  const int thread = threadIdx.x % 128;
+  char* staged = smem + Smem::reduction + buffer * Smem::reduction_bytes;
+  if (thread == 0) ptx::bulk_wait_read<1>();
+  ptx::named_barrier_sync(barrier_free, 128);
+#pragma unroll
+  for (int j = 0; j < Registers / 4; ++j) {
+    reinterpret_cast<float4*>(staged)[j * 128 + thread] =
+        make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  }
+  ptx::fence_proxy_async_shared();
+  ptx::named_barrier_sync(barrier_written, 128);
+  if (thread == 0) {
+    ptx::bulk_reduce_add(accumulator, ptx::shared_address(staged), Smem::reduction_bytes);
+    ptx::bulk_commit();
+  }
+}
+
 /// dQ of one tile: dS K in pieces of dq_columns, each added to the accumulator when it is complete.
 /// release() runs when the last product is.
 template <class C, class Release>
@@ -275,9 +300,8 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
   const std::uint32_t address =
       ptx::shared_address(smem + Smem::score + slot * C::ScoreTile::bytes);
   constexpr bool by_query = C::score_major == ptx::Major::k;
-  const std::uint64_t score = by_query
-                                  ? descriptor::k_major(address)
-                                  : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
+  const std::uint64_t score = by_query ? descriptor::k_major(address)
+                                       : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
 #pragma unroll
   for (int piece = 0; piece < pieces; ++piece) {
     constexpr int slab = C::KeyTile::slab_bytes;
@@ -296,10 +320,14 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     if (piece == pieces - 1) release();
+    if constexpr (C::Tuning::bulk_reduction) {
+      reduce_by_copy_engine<C>(dq, smem, piece % 2, accumulator + piece * C::queries * columns);
+    } else {
 #pragma unroll
-    for (int j = 0; j < columns / 8; ++j) {
-      ptx::reduce_add(accumulator + ((column / 8 + j) * 128 + thread) * 4, dq[4 * j], dq[4 * j + 1],
-                      dq[4 * j + 2], dq[4 * j + 3]);
+      for (int j = 0; j < columns / 8; ++j) {
+        ptx::reduce_add(accumulator + ((column / 8 + j) * 128 + thread) * 4, dq[4 * j],
+                        dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+      }
     }
   }
 }
@@ -310,16 +338,15 @@ template <class C>
 __device__ __forceinline__ void multiply_key_gradients(float (&dk)[2][C::d / 2], char* smem,
                                                        int stage) {
   using Smem = KeyPassSmem<C>;
-  const std::uint32_t score =
-      ptx::shared_address(smem + Smem::score + stage * C::ScoreTile::bytes);
-  const std::uint64_t query = descriptor::mn_major(
-      ptx::shared_address(smem + Smem::query + stage * C::QueryTile::bytes),
-      C::QueryTile::slab_bytes);
+  const std::uint32_t score = ptx::shared_address(smem + Smem::score + stage * C::ScoreTile::bytes);
+  const std::uint64_t query =
+      descriptor::mn_major(ptx::shared_address(smem + Smem::query + stage * C::QueryTile::bytes),
+                           C::QueryTile::slab_bytes);
   ptx::wgmma_fence();
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
-    const std::uint64_t a = descriptor::mn_major(score + group * C::ScoreTile::slab_bytes,
-                                                 C::ScoreTile::slab_bytes);
+    const std::uint64_t a =
+        descriptor::mn_major(score + group * C::ScoreTile::slab_bytes, C::ScoreTile::slab_bytes);
 #pragma unroll
     for (int k = 0; k < C::queries / 16; ++k) {
       ptx::wgmma_ss<typename C::T, C::d, ptx::Major::mn, ptx::Major::mn>(

@@ -60,8 +60,8 @@ struct KeyPassMain {
                                                 const std::uint32_t (&a)[Blocks][4], int a_offset,
                                                 int b_offset) const {
     const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
-    const std::uint64_t rows = descriptor::k_major(
-        ptx::shared_address(smem + a_offset) + group * C::warpgroup_keys * slab_row_bytes);
+    const std::uint64_t rows = descriptor::k_major(ptx::shared_address(smem + a_offset) +
+                                                   group * C::warpgroup_keys * slab_row_bytes);
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
       const std::uint64_t b_step = b + descriptor::k_step<QueryTile::slab_bytes>(k);
@@ -96,9 +96,9 @@ struct KeyPassMain {
   /// x += A B with A in registers and B the query tile at `offset`: dV from P and dO, dK from dS
   /// and Q.
   template <class QueryTile>
-  __device__ __forceinline__ void multiply_queries(
-      float (&x)[QueryTile::columns / 2], const std::uint32_t (&a)[query_blocks][4],
-      int offset) const {
+  __device__ __forceinline__ void multiply_queries(float (&x)[QueryTile::columns / 2],
+                                                   const std::uint32_t (&a)[query_blocks][4],
+                                                   int offset) const {
     const std::uint64_t b =
         descriptor::mn_major(ptx::shared_address(smem + offset), QueryTile::slab_bytes);
 #pragma unroll
@@ -107,8 +107,8 @@ struct KeyPassMain {
     }
   }
 
-  /// The products that end a tile, dV and (unless the third group forms it) dK, around the hand-over
-  /// of dS to the third group.
+  /// The products that end a tile, dV and (unless the third group forms it) dK, around the
+  /// hand-over of dS to the third group.
   __device__ __forceinline__ void finish_tile(KeyAccumulator& dk, float (&dv)[C::dv / 2],
                                               const std::uint32_t (&pa)[query_blocks][4],
                                               const std::uint32_t (&dsa)[query_blocks][4],
@@ -129,8 +129,8 @@ struct KeyPassMain {
   }
 
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
-  __device__ __forceinline__ void store_score_gradients(
-      const std::uint32_t (&ds)[query_blocks][4], const RingPosition<C::stages>& ring) const {
+  __device__ __forceinline__ void store_score_gradients(const std::uint32_t (&ds)[query_blocks][4],
+                                                        const RingPosition<C::stages>& ring) const {
     ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
     const std::uint32_t address = score + ring.slot * C::ScoreTile::bytes;
 #pragma unroll
@@ -150,7 +150,8 @@ struct KeyPassMain {
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    if (ptx::elect_one())
+      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
   using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window>;
@@ -257,8 +258,7 @@ struct KeyPassMain {
   /// with softcap P times the derivative of the cap.
   __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
                                           std::uint32_t (&wa)[query_blocks][4],
-                                          float (&s)[score_registers],
-                                          Statistics& lse) const {
+                                          float (&s)[score_registers], Statistics& lse) const {
     if constexpr (C::softcap) {
       capped_probabilities<T>(s, pa, wa, p, lse);
     } else {
@@ -269,8 +269,7 @@ struct KeyPassMain {
   }
 
   /// One tile after the other; the other warpgroups fill the gaps.
-  __device__ __forceinline__ void run_in_order(KeyAccumulator& dk,
-                                               float (&dv)[C::dv / 2]) const {
+  __device__ __forceinline__ void run_in_order(KeyAccumulator& dk, float (&dv)[C::dv / 2]) const {
     Position at(facts());
     do {
       float s[score_registers], dp[score_registers];

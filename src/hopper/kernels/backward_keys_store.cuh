@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of the key pass: dK and dV from registers to their rows, or to and from partial sums where
-// the query heads of a group are divided among blocks or launches.
+// The end of the key pass: dK and dV from registers to their rows, or to and from partial sums
+// where the query heads of a group are divided among blocks or launches.
 #pragma once
 
 #include "hopper/kernels/backward_keys.cuh"
@@ -52,8 +52,9 @@ struct KeyGradientStore {
     for (int half = 0; half < 2; ++half) {
       if (key + 8 * half >= keys.length) continue;
       const std::int64_t row = keys.first_row + key + 8 * half;
-      float* sums =
-          partial == nullptr ? nullptr : partial + partial_row(p, at, row) * padded + start + column;
+      float* sums = partial == nullptr
+                        ? nullptr
+                        : partial + partial_row(p, at, row) * padded + start + column;
       const auto sum = [&](int j) {
         float2 value = make_float2(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]);
         if (p.adds_partial) {
@@ -68,8 +69,8 @@ struct KeyGradientStore {
         for (int j = 0; j < Registers / 4; ++j) *reinterpret_cast<float2*>(sums + 8 * j) = sum(j);
         continue;
       }
-      T* to = static_cast<T*>(tensor.data) +
-              tensor.offset(p.packed_k ? 0 : at.b, row, at.kv_head) + start + column;
+      T* to = static_cast<T*>(tensor.data) + tensor.offset(p.packed_k ? 0 : at.b, row, at.kv_head) +
+              start + column;
 #pragma unroll
       for (int j = 0; j < Registers / 4; ++j) {
         if (start + 8 * j >= columns) break;

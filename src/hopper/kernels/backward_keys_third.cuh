@@ -25,6 +25,8 @@ __device__ __forceinline__ void for_each_score_tile(const BackwardArguments& p,
     walk.advance();
     ring.advance();
   }
+  // Shared memory must outlive the copies from it.
+  if (C::Tuning::bulk_reduction && threadIdx.x % 128 == 0) ptx::bulk_wait_read<0>();
 }
 
 /// dQ alone; nothing to do where it is not wanted from this pass.
@@ -41,13 +43,14 @@ __device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
     while (producer.left > 0) producer.load_tile();
     return;
   }
-  for_each_score_tile<C>(
-      p, work, barriers, smem, [&](const RingPosition<C::stages>& ring, float* accumulator) {
-        add_query_gradients<C>(smem, ring.slot, accumulator, [&] {
-          __syncwarp();
-          if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_empty + ring.slot);
-        });
-      });
+  for_each_score_tile<C>(p, work, barriers, smem,
+                         [&](const RingPosition<C::stages>& ring, float* accumulator) {
+                           add_query_gradients<C>(smem, ring.slot, accumulator, [&] {
+                             __syncwarp();
+                             if (ptx::elect_one())
+                               ptx::mbarrier_arrive(barriers.score_empty + ring.slot);
+                           });
+                         });
 }
 
 /// dK and, where it is wanted from this pass, dQ.
@@ -59,24 +62,24 @@ __device__ __forceinline__ void key_gradient_role(const BackwardArguments& p,
   float dk[2][C::d / 2];
 #pragma unroll
   for (int i = 0; i < C::d / 2; ++i) dk[0][i] = dk[1][i] = 0.0f;
-  for_each_score_tile<C>(
-      p, work, barriers, smem, [&](const RingPosition<C::stages>& ring, float* accumulator) {
-        const auto release = [&] {
-          __syncwarp();
-          if (ptx::elect_one()) {
-            ptx::mbarrier_arrive(barriers.score_empty + ring.slot);
-            ptx::mbarrier_arrive(barriers.stage_empty + ring.slot);
-          }
-        };
-        ptx::mbarrier_wait(barriers.query_full + ring.slot, ring.phase);
-        multiply_key_gradients<C>(dk, smem, ring.slot);
-        if (p.dq_accumulator != nullptr) {
-          add_query_gradients<C>(smem, ring.slot, accumulator, release);
-        } else {
-          ptx::wgmma_wait<0>();
-          release();
-        }
-      });
+  for_each_score_tile<C>(p, work, barriers, smem,
+                         [&](const RingPosition<C::stages>& ring, float* accumulator) {
+                           const auto release = [&] {
+                             __syncwarp();
+                             if (ptx::elect_one()) {
+                               ptx::mbarrier_arrive(barriers.score_empty + ring.slot);
+                               ptx::mbarrier_arrive(barriers.stage_empty + ring.slot);
+                             }
+                           };
+                           ptx::mbarrier_wait(barriers.query_full + ring.slot, ring.phase);
+                           multiply_key_gradients<C>(dk, smem, ring.slot);
+                           if (p.dq_accumulator != nullptr) {
+                             add_query_gradients<C>(smem, ring.slot, accumulator, release);
+                           } else {
+                             ptx::wgmma_wait<0>();
+                             release();
+                           }
+                         });
   // Where the block lies is computed again: the loop has no registers to keep it.
   const KeyPassPlace place(p, opaque(blockIdx.x), C::keys);
 #pragma unroll

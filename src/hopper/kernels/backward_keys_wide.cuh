@@ -72,8 +72,8 @@ struct WideKeyPassMain {
   __device__ __forceinline__ void multiply_keys(float (&x)[score_registers], int a_offset,
                                                 int b_offset) const {
     const std::uint64_t a = descriptor::k_major(ptx::shared_address(smem + a_offset));
-    const std::uint64_t b = descriptor::k_major(
-        ptx::shared_address(smem + b_offset) + group * half_queries * slab_row_bytes);
+    const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset) +
+                                                group * half_queries * slab_row_bytes);
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
       ptx::wgmma_ss<T, half_queries>(x, a + descriptor::k_step<KeyTile::slab_bytes>(k),
@@ -87,10 +87,10 @@ struct WideKeyPassMain {
   __device__ __forceinline__ void multiply_queries(float (&x)[N / 2], int a_offset, int b_offset,
                                                    int start) const {
     const std::uint64_t a = descriptor::k_major(ptx::shared_address(smem + a_offset));
-    const std::uint64_t b = descriptor::mn_major(
-        ptx::shared_address(smem + b_offset) + start / slab_columns * QueryTile::slab_bytes +
-            start % slab_columns * 2,
-        QueryTile::slab_bytes);
+    const std::uint64_t b = descriptor::mn_major(ptx::shared_address(smem + b_offset) +
+                                                     start / slab_columns * QueryTile::slab_bytes +
+                                                     start % slab_columns * 2,
+                                                 QueryTile::slab_bytes);
 #pragma unroll
     for (int k = 0; k < C::queries / 16; ++k) {
       ptx::wgmma_ss<T, N, ptx::Major::k, ptx::Major::mn>(
@@ -214,7 +214,8 @@ struct WideKeyPassMain {
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    if (ptx::elect_one())
+      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
   template <int Columns>
