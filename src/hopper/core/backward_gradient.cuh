@@ -73,8 +73,8 @@ __device__ __forceinline__ void hold_wait_below(const float (&p)[Registers]) {
   if (bits < 0) __trap();
 }
 
-/// probabilities() with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS
-/// is proportional to.
+/// probabilities() with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2),
+/// what dS is proportional to.
 template <class T, class Statistics, int Blocks>
 __device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks],
                                                      std::uint32_t (&p)[Blocks][4],

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The main warpgroups of the key pass: 64 keys each, all columns of dK and dV.
+// The main warpgroups of the key pass: 64 keys each, from scores to dS, dV and dK.
 #pragma once
 
 #include "hopper/kernels/backward_keys.cuh"
@@ -15,6 +15,7 @@ struct KeyPassMain {
   using Tuning = typename C::Tuning;
   static constexpr int query_blocks = C::queries / 16;  ///< k16 steps of dV and dK
   static constexpr int score_registers = C::queries / 2;
+  using KeyAccumulator = float[C::third_group_adds_keys ? 1 : C::d / 2];
 
   const BackwardArguments& p;
   const KeyPassBarriers<C>& barriers;
@@ -59,8 +60,8 @@ struct KeyPassMain {
                                                 const std::uint32_t (&a)[Blocks][4], int a_offset,
                                                 int b_offset) const {
     const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
-    const std::uint64_t rows = descriptor::k_major(
-        ptx::shared_address(smem + a_offset) + group * C::warpgroup_keys * slab_row_bytes);
+    const std::uint64_t rows = descriptor::k_major(ptx::shared_address(smem + a_offset) +
+                                                   group * C::warpgroup_keys * slab_row_bytes);
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
       const std::uint64_t b_step = b + descriptor::k_step<QueryTile::slab_bytes>(k);
@@ -95,9 +96,9 @@ struct KeyPassMain {
   /// x += A B with A in registers and B the query tile at `offset`: dV from P and dO, dK from dS
   /// and Q.
   template <class QueryTile>
-  __device__ __forceinline__ void multiply_queries(
-      float (&x)[QueryTile::columns / 2], const std::uint32_t (&a)[query_blocks][4],
-      int offset) const {
+  __device__ __forceinline__ void multiply_queries(float (&x)[QueryTile::columns / 2],
+                                                   const std::uint32_t (&a)[query_blocks][4],
+                                                   int offset) const {
     const std::uint64_t b =
         descriptor::mn_major(ptx::shared_address(smem + offset), QueryTile::slab_bytes);
 #pragma unroll
@@ -106,9 +107,30 @@ struct KeyPassMain {
     }
   }
 
+  /// The products that end a tile, dV and (unless the third group forms it) dK, around the
+  /// hand-over of dS to the third group.
+  __device__ __forceinline__ void finish_tile(KeyAccumulator& dk, float (&dv)[C::dv / 2],
+                                              const std::uint32_t (&pa)[query_blocks][4],
+                                              const std::uint32_t (&dsa)[query_blocks][4],
+                                              const RingPosition<C::stages>& ring) const {
+    const int stage = ring.slot;
+    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
+    if (hands_over()) publish_score_gradients(ring);
+    if constexpr (!C::third_group_adds_keys) {
+      ptx::wgmma_fence();
+      multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
+    }
+    ptx::wgmma_commit();
+  }
+
+  /// Whether the third group wants dS.
+  __device__ __forceinline__ bool hands_over() const {
+    return C::third_group_adds_keys || p.dq_accumulator != nullptr;
+  }
+
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
-  __device__ __forceinline__ void store_score_gradients(
-      const std::uint32_t (&ds)[query_blocks][4], const RingPosition<C::stages>& ring) const {
+  __device__ __forceinline__ void store_score_gradients(const std::uint32_t (&ds)[query_blocks][4],
+                                                        const RingPosition<C::stages>& ring) const {
     ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
     const std::uint32_t address = score + ring.slot * C::ScoreTile::bytes;
 #pragma unroll
@@ -128,7 +150,8 @@ struct KeyPassMain {
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    if (ptx::elect_one())
+      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
   using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window>;
@@ -179,7 +202,7 @@ struct KeyPassMain {
   /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
   /// flight. `previous`: the stage of the last tile, negative before the first.
   __device__ __forceinline__ void step_ahead(float (&s)[score_registers], Statistics& lse,
-                                             float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
+                                             KeyAccumulator& dk, float (&dv)[C::dv / 2],
                                              Position& at, int& previous) const {
     float dp[score_registers];
     std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
@@ -188,8 +211,7 @@ struct KeyPassMain {
     if constexpr (Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
     probabilities(s, p, lse);
     hold_wait_below(s);
-    // dV, dK of the previous tile
-    ptx::wgmma_wait<Tuning::dout_ahead ? 1 : 0>();
+    ptx::wgmma_wait<Tuning::dout_ahead ? 1 : 0>();  // dV, dK of the previous tile
     if (previous >= 0) release(previous);
     pack_operand<T>(pa, s);
     if constexpr (!Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
@@ -203,7 +225,7 @@ struct KeyPassMain {
     }
     pack_operand<T>(dsa, dp);
     if (at.masked(full)) mask(pa, dsa, at.tile);
-    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
+    if (hands_over()) store_score_gradients(dsa, ring);
     previous = stage;
     at.advance(tiles);
     // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
@@ -211,16 +233,12 @@ struct KeyPassMain {
     ptx::wgmma_fence();
     multiply_scores(s, at.ring.slot);
     ptx::wgmma_commit();
-    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
-    if (p.dq_accumulator != nullptr) publish_score_gradients(ring);
-    ptx::wgmma_fence();
-    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
-    ptx::wgmma_commit();
+    finish_tile(dk, dv, pa, dsa, ring);
     lse = lse2(at.ring.slot);
     ptx::wgmma_wait<1>();  // S of the next tile
   }
 
-  __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
+  __device__ __forceinline__ void run_ahead(KeyAccumulator& dk, float (&dv)[C::dv / 2]) const {
     float s[score_registers];
     Position at(facts());
     int previous = -1;
@@ -240,8 +258,7 @@ struct KeyPassMain {
   /// with softcap P times the derivative of the cap.
   __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
                                           std::uint32_t (&wa)[query_blocks][4],
-                                          float (&s)[score_registers],
-                                          Statistics& lse) const {
+                                          float (&s)[score_registers], Statistics& lse) const {
     if constexpr (C::softcap) {
       capped_probabilities<T>(s, pa, wa, p, lse);
     } else {
@@ -251,9 +268,8 @@ struct KeyPassMain {
     }
   }
 
-  /// One tile after the other; the other main warpgroup fills the gaps.
-  __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
-                                               float (&dv)[C::dv / 2]) const {
+  /// One tile after the other; the other warpgroups fill the gaps.
+  __device__ __forceinline__ void run_in_order(KeyAccumulator& dk, float (&dv)[C::dv / 2]) const {
     Position at(facts());
     do {
       float s[score_registers], dp[score_registers];
@@ -275,14 +291,9 @@ struct KeyPassMain {
       score_gradients<T>(dp, C::softcap ? wa : pa, d);
       pack_operand<T>(dsa, dp);
       if (at.masked(full)) mask(pa, dsa, at.tile);
-      if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.ring);
+      if (hands_over()) store_score_gradients(dsa, at.ring);
       ptx::wgmma_fence();
-      multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
-      if (p.dq_accumulator != nullptr) publish_score_gradients(at.ring);
-      ptx::wgmma_fence();
-      multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
-      ptx::wgmma_commit();
-      // Their operands are the registers that S and dP of the next tile need.
+      finish_tile(dk, dv, pa, dsa, at.ring);
       ptx::wgmma_wait<0>();
       release(stage);
       at.advance(tiles);
@@ -292,9 +303,11 @@ struct KeyPassMain {
   __device__ __forceinline__ void run() {
     if (facts().iterations == 0) return store_zero_gradients<C>(p);
     ptx::mbarrier_wait(barriers.keys_full, 0);
-    float dk[C::d / 2], dv[C::dv / 2];
+    KeyAccumulator dk;
+    float dv[C::dv / 2];
+    constexpr int key_registers = sizeof(dk) / sizeof(float);
 #pragma unroll
-    for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
+    for (int i = 0; i < key_registers; ++i) dk[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
     if constexpr (C::key_in_registers) load_operand<typename C::KeyTile>(key_operand, Smem::key);
@@ -307,12 +320,12 @@ struct KeyPassMain {
       run_in_order(dk, dv);
     }
     // Where the block lies is computed again: the loop has no registers to keep it.
-    const unsigned thread = opaque(threadIdx.x) % 128;
-    const int first = C::group_key(static_cast<int>(opaque(threadIdx.x)) / 128 -
-                                   C::first_main_group);
-    const KeyGradientStore<C> to(p, KeyPassPlace(p, opaque(blockIdx.x), C::keys), first, thread);
+    const unsigned thread = opaque(threadIdx.x);
+    const int first = C::group_key(static_cast<int>(thread) / 128 - C::first_main_group);
+    const KeyPassPlace place(p, opaque(blockIdx.x), C::keys);
+    const KeyGradientStore<C> to(p, place, first, thread % 128);
     to.value_columns(dv, 0);
-    to.key_columns(dk, 0);
+    if constexpr (!C::third_group_adds_keys) to.key_columns(dk, 0);
   }
 };
 

@@ -214,7 +214,8 @@ struct WideKeyPassMain {
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    if (ptx::elect_one())
+      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
   template <int Columns>
@@ -264,6 +265,7 @@ struct WideKeyPass {
   using ScoreTile = Tile<keys, queries>;  ///< P and dS as [key][query]
   static constexpr ptx::Major score_major = ptx::Major::mn;
   static constexpr int probability_bytes = ScoreTile::bytes;
+  static constexpr bool third_group_adds_keys = false;
   template <class C>
   using Main = WideKeyPassMain<C>;
 

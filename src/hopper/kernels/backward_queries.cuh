@@ -192,8 +192,8 @@ struct QueryPassMain {
   template <class RowTile, class KeyTile>
   __device__ __forceinline__ void multiply_rows(float (&x)[score_registers], int a_offset,
                                                 int b_offset) const {
-    const std::uint64_t a = descriptor::k_major(
-        ptx::shared_address(smem + a_offset) + group * C::warpgroup_queries * slab_row_bytes);
+    const std::uint64_t a = descriptor::k_major(ptx::shared_address(smem + a_offset) +
+                                                group * C::warpgroup_queries * slab_row_bytes);
     const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
 #pragma unroll
     for (int k = 0; k < RowTile::columns / 16; ++k) {
@@ -206,9 +206,8 @@ struct QueryPassMain {
   __device__ __forceinline__ void multiply_keys(float (&dq)[C::d / 2],
                                                 const std::uint32_t (&a)[key_blocks][4],
                                                 int stage) const {
-    const std::uint64_t b =
-        descriptor::mn_major(ptx::shared_address(smem + Smem::key + stage * C::KeyTile::bytes),
-                             C::KeyTile::slab_bytes);
+    const std::uint64_t b = descriptor::mn_major(
+        ptx::shared_address(smem + Smem::key + stage * C::KeyTile::bytes), C::KeyTile::slab_bytes);
 #pragma unroll
     for (int k = 0; k < key_blocks; ++k) {
       ptx::wgmma_rs<T, C::d, ptx::Major::mn>(dq, a[k], b + k * descriptor::mn_step, 1);
@@ -275,9 +274,10 @@ struct QueryPassMain {
       if (C::overlap && previous >= 0) release(previous);
       gradients(dsa, s, dp, lse2, softmax_d);
       if (tile < full.begin || tile >= full.end) {
-        keep_visible(dsa, visible_registers<score_registers>(
-                              reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals) + row,
-                              tile * C::keys, quad));
+        keep_visible(dsa,
+                     visible_registers<score_registers>(
+                         reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals) + row,
+                         tile * C::keys, quad));
       }
       ptx::wgmma_fence();
       multiply_keys(dq, dsa, stage);
@@ -303,9 +303,8 @@ struct QueryPassMain {
 #pragma unroll
       for (int j = 0; j < C::d / 8; ++j) {
         if (8 * j >= p.head_dim) break;
-        *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
-            ptx::pack<T>(dq[4 * j + 2 * half] * p.softmax_scale,
-                         dq[4 * j + 2 * half + 1] * p.softmax_scale);
+        *reinterpret_cast<std::uint32_t*>(to + 8 * j) = ptx::pack<T>(
+            dq[4 * j + 2 * half] * p.softmax_scale, dq[4 * j + 2 * half + 1] * p.softmax_scale);
       }
     }
   }
