@@ -76,8 +76,7 @@ def check_problem(problem, **flags):
     [{}, {"causal": True}, {"window_size": (50, 20)}, {"attention_chunk": 48}, {"softcap": 15.0}],
     ids=str,
 )
-def test_masks(options, dims, deterministic, device, needs):
-    needs("backward")
+def test_masks(options, dims, deterministic, device):
     problem = Problem(device, 1, 150, 200, (4, 2), dims, **options)
     if "softcap" in options:
         problem.q = (problem.q * 4).to(torch.bfloat16)
@@ -85,30 +84,26 @@ def test_masks(options, dims, deterministic, device, needs):
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (12, 4), (64, 8), (7, 7)], ids=str)
-def test_groups(heads, device, needs):
+def test_groups(heads, device):
     """Few keys: on a GPU the query heads of a group are split over blocks."""
-    needs("backward")
     check_problem(Problem(device, 1, 130, 140, heads, (64, 64), causal=True))
 
 
-def test_group_in_one_block(device, needs):
+def test_group_in_one_block(device):
     """Enough keys for every multiprocessor: one block loops over the heads of a group."""
-    needs("backward")
     if device == "cpu":
         pytest.skip("the CPU backend has no blocks")
     check_problem(Problem(device, 32, 130, 260, (8, 4), (64, 64), causal=True))
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (40, 72), (80, 48), (104, 120), (136, 64), (64, 256)])
-def test_padded_head_dims(dims, device, needs):
-    needs("backward")
+def test_padded_head_dims(dims, device):
     check_problem(Problem(device, 1, 70, 133, (2, 1), dims, causal=True))
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_partial_gradients(dims, device, needs):
+def test_partial_gradients(dims, device):
     """What is asked for alone has the bits of the full call."""
-    needs("backward")
     problem = Problem(device, 2, 150, 300, (4, 2), dims, causal=True)
     out, lse, _ = problem.eager(torch.float64)
     arguments = problem.arguments(out, lse)
@@ -123,9 +118,8 @@ def test_partial_gradients(dims, device, needs):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_repeatable(dims, deterministic, device, needs):
+def test_repeatable(dims, deterministic, device):
     """Deterministic: everything. Otherwise dk, dv and dsink, which have one writer anyway."""
-    needs("backward")
     problem = Problem(device, 2, 300, 400, (4, 2), dims, window_size=(250, 0))
     out, lse, _ = problem.eager(torch.float64)
     arguments = problem.arguments(out, lse)
@@ -137,9 +131,8 @@ def test_repeatable(dims, deterministic, device, needs):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_unused_rows(deterministic, device, needs):
+def test_unused_rows(deterministic, device):
     """NaN beyond the used lengths has no influence; gradient rows there are exactly 0."""
-    needs("backward")
     problem = Problem(device, 3, 150, 200, (4, 2), (64, 64), causal=True)
     used_q, used_k = [150, 0, 70], [200, 33, 130]
     problem.used_q = torch.tensor(used_q, dtype=torch.int32, device=device)
@@ -166,8 +159,7 @@ def test_unused_rows(deterministic, device, needs):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
-def test_no_tokens(shape, device, needs):
-    needs("backward")
+def test_no_tokens(shape, device):
     sq, sk = shape
     problem = Problem(device, 2, sq, sk, (4, 2), (64, 64))
     out, lse, truth = problem.eager(torch.float64)
