@@ -10,9 +10,9 @@ namespace sinkattn::hopper {
 inline constexpr int backward_tile_queries = 64;
 
 /// L2 that the accumulator, Q and dO of the heads in work may take: of the pairs of a section, each
-/// counted with one head; and of the heads of a group that one launch loops over.
+/// counted with one head; and of the heads of a group that one block loops over.
 inline constexpr long long l2_of_section = 24ll << 20;
-inline constexpr long long l2_of_heads = 34ll << 20;
+inline constexpr long long l2_of_heads = 48ll << 20;
 
 /// The key pass: 128 keys per block, 64 in each of two main warpgroups.
 /// stages: query tiles (Q, dO and their statistics) in flight, and dS tiles between the main
@@ -30,12 +30,12 @@ struct KeyPassTuning;
 
 template <>
 struct KeyPassTuning<64, 64> {
-  static constexpr int stages = 4, dq_columns = 64, statistics_window = 8;
-  static constexpr bool key_in_registers = false, value_in_registers = false;
-  static constexpr bool scores_ahead = true, dout_ahead = true, third_group_adds_keys = false;
+  static constexpr int stages = 4, dq_columns = 64, statistics_window = 4;
+  static constexpr bool key_in_registers = true, value_in_registers = true;
+  static constexpr bool scores_ahead = true, dout_ahead = true, third_group_adds_keys = true;
   static constexpr bool bulk_reduction = false;
   static constexpr bool producer_group = true;
-  static constexpr int producer_registers = 24, third_registers = 88, main_registers = 200;
+  static constexpr int producer_registers = 24, third_registers = 136, main_registers = 176;
 };
 
 template <>

@@ -140,8 +140,8 @@ struct KeyPassWork {
 
   __device__ KeyPassWork(const BackwardArguments& p, const KeyPassPlace& place_, int keys)
       : place(place_), sequence(p, place_.b) {
-    const int first = p.first_head + place.split * p.heads_per_split;
-    const int heads = min(p.heads_per_split, p.end_head - first);
+    const int first = place.split * p.heads_per_split;
+    const int heads = min(p.heads_per_split, p.group - first);
     first_head = place.kv_head * p.group + first;
     tiles = query_tiles(p.mask, place.first_key, place.first_key + keys, sequence.queries.length,
                         sequence.keys.length);
