@@ -15,14 +15,15 @@ from ._ops import call, ops
 from .autograd import (
     ATTENTION,
     FORWARD,
-    FORWARD_DENSE,
-    DenseFunc,
-    DenseLseFunc,
     FlashAttnFunc,
     FlashAttnLseFunc,
     FlashAttnQKVPackedFunc,
     Options,
+    apply_dense,
+    apply_dense_lse,
     distinct,
+    forward_dense,
+    in_functorch,
     ready,
     split_packed,
 )
@@ -155,7 +156,7 @@ def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
 def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministic, return_lse):
     """attend() for a call with no other option, at a fraction of its cost; None where the call is
     anything but plain, or fails: then attend() decides, and its errors are the ones raised."""
-    if is_compiling() or _explaining.get():
+    if is_compiling() or _explaining.get() or in_functorch():
         return None
     if type(window_size) is not tuple or len(window_size) != 2:
         return None
@@ -178,11 +179,9 @@ def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministi
         ):
             if q.dtype is torch.float8_e4m3fn:
                 return None
-            function = DenseLseFunc if return_lse else DenseFunc
-            return function.apply(
-                q, k, v, sink, (softmax_scale, causal, left, right, deterministic)
-            )
-        result = FORWARD_DENSE(q, k, v, sink, softmax_scale, causal, left, right)
+            apply = apply_dense_lse if return_lse else apply_dense
+            return apply(q, k, v, sink, (softmax_scale, causal, left, right, deterministic))
+        result = forward_dense(q, k, v, sink, softmax_scale, causal, left, right)
     except RuntimeError:
         return None
     return result if return_lse else result[0]

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from ._ops import call, ops
 
 FORWARD = ops.fwd.default
-FORWARD_DENSE = ops.fwd_dense.default
 BACKWARD = ops.bwd.default
 BACKWARD_OUT = ops.bwd_out.default
 
@@ -164,6 +163,10 @@ class FlashAttnLseFunc(torch.autograd.Function):
 # Every argument of apply() costs, tensor or not: FlashAttnFunc's 28 take longer than its operator.
 # These two have five. They must not be traced, since Dynamo sees no tensors inside a tuple.
 
+FORWARD_DENSE = ops.fwd_dense.default
+# What an operator object calls with the arguments it was given, if this torch has it by that name.
+forward_dense = getattr(FORWARD_DENSE, "_op", FORWARD_DENSE)
+
 
 def _dense_gradients(ctx, dout, dlse) -> tuple:
     if dout is None and dlse is None:
@@ -212,7 +215,7 @@ class DenseFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sink, options):
-        out, lse = FORWARD_DENSE(q, k, v, sink, *options[:4])
+        out, lse = forward_dense(q, k, v, sink, *options[:4])
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -229,7 +232,7 @@ class DenseLseFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sink, options):
-        out, lse = FORWARD_DENSE(q, k, v, sink, *options[:4])
+        out, lse = forward_dense(q, k, v, sink, *options[:4])
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -239,6 +242,19 @@ class DenseLseFunc(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         return _dense_gradients(ctx, dout, dlse)
+
+
+def _direct_apply(function):
+    """function.apply without torch's Python wrapper, which serves torch.func alone and takes a
+    fifth of the whole call. Not to be called while a transform of torch.func is active."""
+    return super(torch.autograd.Function, function).apply
+
+
+apply_dense = _direct_apply(DenseFunc)
+apply_dense_lse = _direct_apply(DenseLseFunc)
+# Whether vmap, grad or another transform of torch.func is active. A torch without this question gets
+# the general path.
+in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 # One function serves dense and packed sequences; FA3 has two names for it.
