@@ -19,8 +19,8 @@ from .autograd import (
     FlashAttnLseFunc,
     FlashAttnQKVPackedFunc,
     Options,
-    apply_dense,
-    apply_dense_lse,
+    apply_eager,
+    apply_eager_lse,
     distinct,
     forward_dense,
     in_functorch,
@@ -144,6 +144,9 @@ def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
                 out, lse = ATTENTION(q, k, v, *options[:-1], sink, options.deterministic)
                 return (out, lse) if return_lse else out
             k, v, options = k.view_as(k), v.view_as(v), distinct(options)
+        elif not in_functorch():
+            apply = apply_eager_lse if return_lse else apply_eager
+            return apply(q, k, v, sink, options)
         function = FlashAttnLseFunc if return_lse else FlashAttnFunc
         return function.apply(q, k, v, sink, *options)
     if out is None:
@@ -179,7 +182,7 @@ def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministi
         ):
             if q.dtype is torch.float8_e4m3fn:
                 return None
-            apply = apply_dense_lse if return_lse else apply_dense
+            apply = apply_eager_lse if return_lse else apply_eager
             return apply(q, k, v, sink, (softmax_scale, causal, left, right, deterministic))
         result = forward_dense(q, k, v, sink, softmax_scale, causal, left, right)
     except RuntimeError:

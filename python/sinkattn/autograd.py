@@ -103,6 +103,8 @@ def _save(ctx, tensors, options: Options) -> None:
 
 
 def _saved(ctx) -> tuple:
+    if len(ctx.options) == 5:
+        return (*ctx.saved_tensors, dense_options(*ctx.options))
     *tensors, cu_q, cu_k, used_q, used_k = ctx.saved_tensors
     return (*tensors, Options(None, cu_q, cu_k, used_q, used_k, *ctx.options))
 
@@ -159,89 +161,61 @@ class FlashAttnLseFunc(torch.autograd.Function):
         return (*_gradients(ctx, ctx.needs_input_grad[:4], dout, dlse), *_NO_OPTION_GRADIENTS)
 
 
-# --- the common case, called eagerly --------------------------------------------------------------
+# --- the same, called eagerly ---------------------------------------------------------------------
 # Every argument of apply() costs, tensor or not: FlashAttnFunc's 28 take longer than its operator.
-# These two have five. They must not be traced, since Dynamo sees no tensors inside a tuple.
+# These have five. They must not be traced, since Dynamo sees no tensors inside a tuple.
 
-FORWARD_DENSE = ops.fwd_dense.default
-# What an operator object calls with the arguments it was given, if this torch has it by that name.
-forward_dense = getattr(FORWARD_DENSE, "_op", FORWARD_DENSE)
-
-
-def _dense_gradients(ctx, dout, dlse) -> tuple:
-    if dout is None and dlse is None:
-        return None, None, None, None, None
-    q, k, v, sink, out, lse = ctx.saved_tensors
-    scale, causal, left, right, deterministic = ctx.options
-    need_q, need_k, need_v, need_sink, _ = ctx.needs_input_grad
-    dq, dk, dv, dsink = call(
-        BACKWARD,
-        None if dout is None else ready(dout),
-        None if dlse is None else dlse.contiguous(),
-        q,
-        k,
-        v,
-        out,
-        lse,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        scale,
-        causal,
-        left,
-        right,
-        0,
-        0.0,
-        deterministic,
-        0,
-        need_q,
-        need_k or need_v,
-        sink if need_sink else None,
-    )
-    return (
-        dq if need_q else None,
-        dk if need_k else None,
-        dv if need_v else None,
-        dsink if need_sink else None,
-        None,
-    )
+# What the operator object calls with the arguments it was given, if this torch names it so.
+forward_dense = getattr(ops.fwd_dense.default, "_op", ops.fwd_dense.default)
 
 
-class DenseFunc(torch.autograd.Function):
-    """(q, k, v, sink, (scale, causal, left, right, deterministic)) -> out."""
+def dense_options(scale, causal, left, right, deterministic) -> Options:
+    nothing = (None,) * 13
+    return Options(*nothing, scale, causal, left, right, 0, 0.0, None, 1, None, 0, deterministic)
 
-    @staticmethod
-    def forward(ctx, q, k, v, sink, options):
-        out, lse = forward_dense(q, k, v, sink, *options[:4])
+
+def _eager_gradients(ctx, dout, dlse) -> tuple:
+    return (*_gradients(ctx, ctx.needs_input_grad[:4], dout, dlse), None)
+
+
+def _eager_forward(ctx, q, k, v, sink, options):
+    if type(options) is Options:
+        out, lse = call(FORWARD, q, k, v, *options[:-1], sink)
+        _save(ctx, (q, k, v, sink, out, lse), options)
+    else:
+        scale, causal, left, right, _ = options
+        out, lse = forward_dense(q, k, v, sink, scale, causal, left, right)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return out
+    return out, lse
+
+
+class EagerFunc(torch.autograd.Function):
+    """(q, k, v, sink, options) -> out. The options are Options, or for a call without any other
+    the tuple (softmax_scale, causal, window_left, window_right, deterministic)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink, options):
+        return _eager_forward(ctx, q, k, v, sink, options)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return _dense_gradients(ctx, dout, None)
+        return _eager_gradients(ctx, dout, None)
 
 
-class DenseLseFunc(torch.autograd.Function):
-    """As DenseFunc -> (out, softmax_lse)."""
+class EagerLseFunc(torch.autograd.Function):
+    """As EagerFunc -> (out, softmax_lse)."""
 
     @staticmethod
     def forward(ctx, q, k, v, sink, options):
-        out, lse = forward_dense(q, k, v, sink, *options[:4])
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return out, lse
+        return _eager_forward(ctx, q, k, v, sink, options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        return _dense_gradients(ctx, dout, dlse)
+        return _eager_gradients(ctx, dout, dlse)
 
 
 def _direct_apply(function):
@@ -250,10 +224,10 @@ def _direct_apply(function):
     return super(torch.autograd.Function, function).apply
 
 
-apply_dense = _direct_apply(DenseFunc)
-apply_dense_lse = _direct_apply(DenseLseFunc)
-# Whether vmap, grad or another transform of torch.func is active. A torch without this question gets
-# the general path.
+apply_eager = _direct_apply(EagerFunc)
+apply_eager_lse = _direct_apply(EagerLseFunc)
+# Whether vmap, grad or another transform of torch.func is active. A torch without this question
+# takes the general path.
 in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
