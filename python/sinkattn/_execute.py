@@ -134,7 +134,7 @@ def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
     q, k, v = ready(tensor(q, "q")), ready(tensor(k, "k")), ready(tensor(v, "v"))
     if options.qv is not None:
         options = options._replace(qv=ready(options.qv))
-    tracing = torch.compiler.is_compiling()
+    tracing = is_compiling()
     if not tracing and _explaining.get():
         raise Explained(call(ops.explain_fwd, q, k, v, *options[:-1], sink))
     if _needs_gradient(q, k, v, sink, options):
@@ -193,7 +193,7 @@ def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministi
 def attend_packed(options: Options, q, packed, heads, sink, *, return_lse):
     """As attend, with keys and values (and queries where q is None) in one tensor, whose gradient
     is one tensor too."""
-    tracing = torch.compiler.is_compiling()
+    tracing = is_compiling()
     one_gradient = (
         _needs_gradient(packed if q is None else q, packed, packed, sink, options)
         and not (tracing and torch.compiler.is_exporting())

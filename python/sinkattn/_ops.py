@@ -7,6 +7,7 @@ import ctypes
 from pathlib import Path
 
 import torch
+from torch.compiler import is_compiling
 
 LIBRARY = Path(__file__).parent / "lib" / "libsinkattn_torch.so"
 
@@ -42,7 +43,7 @@ _EXCEPTIONS = {
 
 def call(operator, *arguments, **options):
     """Calls an operator and raises its errors as the Python exceptions they stand for."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operator(*arguments, **options)
     try:
         return operator(*arguments, **options)

@@ -2,7 +2,8 @@
 """Gradients. The operators know nothing of autograd; these functions connect them to it.
 
 Two variants of every function: one returns the output alone, so that the common case never meets a
-zero-filled gradient of the LSE; the other returns (out, softmax_lse), both differentiable.
+zero-filled gradient of the LSE; the other returns (out, softmax_lse), both differentiable. And both
+of them twice: with every option an argument, for tracing, and with few arguments, for speed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from ._ops import call, ops
 
@@ -76,7 +78,7 @@ def ready(x: torch.Tensor) -> torch.Tensor:
         if x.is_cpu:
             return x
         # While tracing there is no address; what the compiler hands over later is aligned.
-        if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+        if is_compiling() or x.data_ptr() % 16 == 0:
             step = 16 // x.element_size()
             if x.is_contiguous() or all(s > 0 and s % step == 0 for s in x.stride()[:-1]):
                 return x
