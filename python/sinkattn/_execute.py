@@ -23,6 +23,7 @@ from .autograd import (
     apply_eager_lse,
     distinct,
     forward_dense,
+    forward_dense_no_lse,
     in_functorch,
     ready,
     split_packed,
@@ -184,10 +185,10 @@ def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministi
                 return None
             apply = apply_eager_lse if return_lse else apply_eager
             return apply(q, k, v, sink, (softmax_scale, causal, left, right, deterministic))
-        result = forward_dense(q, k, v, sink, softmax_scale, causal, left, right)
+        forward = forward_dense if return_lse else forward_dense_no_lse
+        return forward(q, k, v, sink, softmax_scale, causal, left, right)
     except RuntimeError:
         return None
-    return result if return_lse else result[0]
 
 
 def attend_packed(options: Options, q, packed, heads, sink, *, return_lse):

@@ -87,6 +87,11 @@ def _fwd(q, k, v, *arguments, **options):
     return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype), _fake_lse(q)
 
 
+@torch.library.register_fake("sinkattn::fwd_dense_no_lse")
+def _fwd_dense_no_lse(q, k, v, *arguments, **options):
+    return _fwd(q, k, v)[0]
+
+
 @torch.library.register_fake("sinkattn::fwd_out")
 def _fwd_out(out, q, k, v, *arguments, **options):
     return _fake_lse(q)

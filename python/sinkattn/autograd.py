@@ -167,8 +167,14 @@ class FlashAttnLseFunc(torch.autograd.Function):
 # Every argument of apply() costs, tensor or not: FlashAttnFunc's 28 take longer than its operator.
 # These have five. They must not be traced, since Dynamo sees no tensors inside a tuple.
 
-# What the operator object calls with the arguments it was given, if this torch names it so.
-forward_dense = getattr(ops.fwd_dense.default, "_op", ops.fwd_dense.default)
+
+def _direct_call(operator):
+    """What an operator object calls with the arguments it was given, if this torch names it so."""
+    return getattr(operator, "_op", operator)
+
+
+forward_dense = _direct_call(ops.fwd_dense.default)
+forward_dense_no_lse = _direct_call(ops.fwd_dense_no_lse.default)
 
 
 def dense_options(scale, causal, left, right, deterministic) -> Options:

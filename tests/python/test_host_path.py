@@ -20,14 +20,19 @@ def plain_inputs(gradient=False, dtype=torch.float32):
 def short_calls(monkeypatch):
     """Counts the calls that reach the operator of plain calls."""
     calls = []
-    real = autograd.forward_dense
 
-    def counted(*arguments):
-        calls.append(arguments)
-        return real(*arguments)
+    def count(name):
+        real = getattr(autograd, name)
 
-    monkeypatch.setattr(autograd, "forward_dense", counted)
-    monkeypatch.setattr(_execute, "forward_dense", counted)
+        def counted(*arguments):
+            calls.append(name)
+            return real(*arguments)
+
+        for module in (autograd, _execute):
+            monkeypatch.setattr(module, name, counted)
+
+    count("forward_dense")
+    count("forward_dense_no_lse")
     return calls
 
 
@@ -108,6 +113,23 @@ def test_errors_are_those_of_the_general_way(monkeypatch, change, gradient):
     short = error()
     monkeypatch.setattr(interface, "attend_dense", lambda *arguments: None)
     assert short == error()
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_the_lse_changes_nothing(device, needs, length):
+    """Plain calls that nobody asks for the LSE run without one: on a GPU, kernels that skip it."""
+    needs("forward")
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(2, n, h, 64, generator=g).bfloat16().to(device)
+        for n, h in ((length, 8), (400, 2), (400, 2))
+    )
+    sink = torch.randn(8, generator=g).to(device)
+    alone = sinkattn.flash_attn_func(q, k, v, causal=True, learnable_sink=sink)
+    out, _ = sinkattn.flash_attn_func(
+        q, k, v, causal=True, learnable_sink=sink, return_attn_probs=True
+    )
+    assert torch.equal(alone, out)
 
 
 def test_layouts_that_need_a_copy_get_one():
