@@ -8,12 +8,16 @@ import contextvars
 from collections.abc import Iterator
 
 import torch
+from torch.compiler import is_compiling
 
 from ._arguments import boolean, integer, number, optional_tensor, refuse_gradient, tensor, window
 from ._ops import call, ops
 from .autograd import (
     ATTENTION,
     FORWARD,
+    FORWARD_DENSE,
+    DenseFunc,
+    DenseLseFunc,
     FlashAttnFunc,
     FlashAttnLseFunc,
     FlashAttnQKVPackedFunc,
@@ -146,6 +150,42 @@ def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
     else:
         lse = call(ops.fwd_out.default, tensor(out, "out"), q, k, v, *options[:-1], sink)
     return (out, lse) if return_lse else out
+
+
+def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministic, return_lse):
+    """attend() for a call with no other option, at a fraction of its cost; None where the call is
+    anything but plain, or fails: then attend() decides, and its errors are the ones raised."""
+    if is_compiling() or _explaining.get():
+        return None
+    if type(window_size) is not tuple or len(window_size) != 2:
+        return None
+    left, right = window_size
+    # Exact types, so that nothing needs converting. A sink is mostly a Parameter.
+    if not (
+        type(q) is type(k) is type(v) is torch.Tensor
+        and (sink is None or isinstance(sink, torch.Tensor))
+        and type(left) is type(right) is int
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and type(causal) is type(deterministic) is bool
+    ):
+        return None
+    try:
+        if torch.is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (sink is not None and sink.requires_grad)
+        ):
+            if q.dtype is torch.float8_e4m3fn:
+                return None
+            function = DenseLseFunc if return_lse else DenseFunc
+            return function.apply(
+                q, k, v, sink, (softmax_scale, causal, left, right, deterministic)
+            )
+        result = FORWARD_DENSE(q, k, v, sink, softmax_scale, causal, left, right)
+    except RuntimeError:
+        return None
+    return result if return_lse else result[0]
 
 
 def attend_packed(options: Options, q, packed, heads, sink, *, return_lse):

@@ -80,6 +80,7 @@ def _fake_lse(q):
 
 @torch.library.register_fake("sinkattn::attention")
 @torch.library.register_fake("sinkattn::fwd")
+@torch.library.register_fake("sinkattn::fwd_dense")
 def _fwd(q, k, v, *arguments, **options):
     dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
     return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype), _fake_lse(q)

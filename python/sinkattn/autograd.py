@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ._ops import call, ops
 
 FORWARD = ops.fwd.default
+FORWARD_DENSE = ops.fwd_dense.default
 BACKWARD = ops.bwd.default
 BACKWARD_OUT = ops.bwd_out.default
 
@@ -157,6 +158,87 @@ class FlashAttnLseFunc(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         return (*_gradients(ctx, ctx.needs_input_grad[:4], dout, dlse), *_NO_OPTION_GRADIENTS)
+
+
+# --- the common case, called eagerly --------------------------------------------------------------
+# Every argument of apply() costs, tensor or not: FlashAttnFunc's 28 take longer than its operator.
+# These two have five. They must not be traced, since Dynamo sees no tensors inside a tuple.
+
+
+def _dense_gradients(ctx, dout, dlse) -> tuple:
+    if dout is None and dlse is None:
+        return None, None, None, None, None
+    q, k, v, sink, out, lse = ctx.saved_tensors
+    scale, causal, left, right, deterministic = ctx.options
+    need_q, need_k, need_v, need_sink, _ = ctx.needs_input_grad
+    dq, dk, dv, dsink = call(
+        BACKWARD,
+        None if dout is None else ready(dout),
+        None if dlse is None else dlse.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        scale,
+        causal,
+        left,
+        right,
+        0,
+        0.0,
+        deterministic,
+        0,
+        need_q,
+        need_k or need_v,
+        sink if need_sink else None,
+    )
+    return (
+        dq if need_q else None,
+        dk if need_k else None,
+        dv if need_v else None,
+        dsink if need_sink else None,
+        None,
+    )
+
+
+class DenseFunc(torch.autograd.Function):
+    """(q, k, v, sink, (scale, causal, left, right, deterministic)) -> out."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink, options):
+        out, lse = FORWARD_DENSE(q, k, v, sink, *options[:4])
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return _dense_gradients(ctx, dout, None)
+
+
+class DenseLseFunc(torch.autograd.Function):
+    """As DenseFunc -> (out, softmax_lse)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink, options):
+        out, lse = FORWARD_DENSE(q, k, v, sink, *options[:4])
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        return _dense_gradients(ctx, dout, dlse)
 
 
 # One function serves dense and packed sequences; FA3 has two names for it.

@@ -38,6 +38,7 @@ Status plan_decode(const ForwardProblem& p, const DeviceProperties& device, Plan
   plan->tile_n = launch.tile_keys;
   plan->grid = launch.grid;
   plan->workspace_bytes = launch.bytes;
+  if (!p.describe) return {};
   std::snprintf(plan->kernel, sizeof(plan->kernel), "decode_%d_%d_%s", launch.columns,
                 launch.columns_v, dtype_name(p.query.dtype));
   std::snprintf(plan->reason, sizeof(plan->reason), "%lld packed query rows per KV head, %s",
