@@ -200,7 +200,7 @@ __global__ void evaluate(const float* x, int count, float* power, float* inverse
 TEST_F(Sync, ExponentialAtTheEdges) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   const std::vector<float> x{-infinity, 0.0f, -0.0f,   NAN,     infinity, 1.0f, -1.0f,
-                             10.0f,     8.0f, -126.0f, -200.0f, 128.0f,   0.5f, -7.25f};
+                             10.0f,     8.0f, -126.0f, -130.0f, 128.0f,   0.5f, -7.25f};
   const DeviceArray<float> input(x);
   DeviceArray<float> power(x.size(), -1.0f), inverse(x.size(), -1.0f);
   ASSERT_CUDA(launch(&evaluate, 1, 32, 0, input.device(), static_cast<int>(x.size()),
