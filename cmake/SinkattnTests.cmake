@@ -34,6 +34,17 @@ if(SINKATTN_TESTS)
       "no usable GPU: ;no GPU;needs compute capability 9.0")
   endif()
 
+  # Benchmarks of the core alone: built with the tests, run by hand.
+  file(GLOB sinkattn_core_benchmarks CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/bench/core/*.cpp")
+  foreach(source IN LISTS sinkattn_core_benchmarks)
+    cmake_path(GET source STEM name)
+    add_executable(bench_${name} "${source}")
+    target_link_libraries(bench_${name} PRIVATE sinkattn_core)
+    target_include_directories(bench_${name} PRIVATE "${PROJECT_SOURCE_DIR}/src")
+    set_target_properties(bench_${name} PROPERTIES
+      LINKER_LANGUAGE CXX RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/bench")
+  endforeach()
+
   file(GLOB sinkattn_examples CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/examples/*.cpp")
   foreach(source IN LISTS sinkattn_examples)
     cmake_path(GET source STEM name)

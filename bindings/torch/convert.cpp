@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -29,28 +30,58 @@ const char* code_name(StatusCode code) {
   }
 }
 
-DType core_dtype(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return DType::float64;
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    case ScalarType::Float8_e4m3fn:
-      return DType::float8_e4m3;
-    case ScalarType::Int:
-      return DType::int32;
+/// torch's numbers for the dtypes the core knows, and for the two devices: asked once, since every
+/// answer is a call into torch and a dozen of them per tensor add up.
+struct TorchCodes {
+  std::int32_t float64 = aoti_torch_dtype_float64();
+  std::int32_t float32 = aoti_torch_dtype_float32();
+  std::int32_t bfloat16 = aoti_torch_dtype_bfloat16();
+  std::int32_t float16 = aoti_torch_dtype_float16();
+  std::int32_t float8_e4m3 = aoti_torch_dtype_float8_e4m3fn();
+  std::int32_t int32 = aoti_torch_dtype_int32();
+  std::int32_t cpu = aoti_torch_device_type_cpu();
+  std::int32_t cuda = aoti_torch_device_type_cuda();
+};
+
+const TorchCodes& codes() {
+  static const TorchCodes known;
+  return known;
+}
+
+DType core_dtype(std::int32_t type) {
+  const TorchCodes& known = codes();
+  if (type == known.bfloat16) return DType::bfloat16;
+  if (type == known.float32) return DType::float32;
+  if (type == known.float16) return DType::float16;
+  if (type == known.int32) return DType::int32;
+  if (type == known.float64) return DType::float64;
+  if (type == known.float8_e4m3) return DType::float8_e4m3;
+  return DType::undefined;
+}
+
+std::int32_t torch_dtype(DType dtype) {
+  const TorchCodes& known = codes();
+  switch (dtype) {
+    case DType::float64:
+      return known.float64;
+    case DType::bfloat16:
+      return known.bfloat16;
+    case DType::float16:
+      return known.float16;
+    case DType::float8_e4m3:
+      return known.float8_e4m3;
+    case DType::int32:
+      return known.int32;
     default:
-      return DType::undefined;
+      return known.float32;
   }
 }
 
 Device core_device(const Tensor& tensor, const char* name) {
-  if (tensor.is_cpu()) return {DeviceType::cpu, 0};
-  if (tensor.is_cuda()) return {DeviceType::cuda, tensor.get_device_index()};
+  std::int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  if (type == codes().cpu) return {DeviceType::cpu, 0};
+  if (type == codes().cuda) return {DeviceType::cuda, tensor.get_device_index()};
   raise_if_error(Status::error(StatusCode::type_error,
                                "%s: expected a CPU or CUDA tensor, got another device", name));
   return {};
@@ -81,26 +112,11 @@ void raise_if_error(const Status& status) {
                            status.message());
 }
 
-ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-      return ScalarType::Double;
-    case DType::bfloat16:
-      return ScalarType::BFloat16;
-    case DType::float16:
-      return ScalarType::Half;
-    case DType::float8_e4m3:
-      return ScalarType::Float8_e4m3fn;
-    case DType::int32:
-      return ScalarType::Int;
-    default:
-      return ScalarType::Float;
-  }
-}
-
 TensorView view(const Tensor& tensor, const char* name) {
   TensorView result;
-  result.dtype = core_dtype(tensor.scalar_type());
+  std::int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  result.dtype = core_dtype(dtype);
   if (result.dtype == DType::undefined) {
     raise_if_error(Status::error(
         StatusCode::type_error,
@@ -115,8 +131,10 @@ TensorView view(const Tensor& tensor, const char* name) {
                                  TensorView::max_rank, static_cast<long long>(rank)));
   }
   result.rank = static_cast<int>(rank);
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+  std::int64_t* sizes = nullptr;
+  std::int64_t* strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
   for (int i = 0; i < result.rank; ++i) {
     result.shape[i] = sizes[i];
     result.stride[i] = strides[i];
@@ -129,17 +147,41 @@ TensorView view(const OptionalTensor& tensor, const char* name) {
   return tensor.has_value() ? view(*tensor, name) : TensorView{};
 }
 
+// Through the C function and not the stable wrapper of aten::new_empty, which looks the operator up
+// by name and boxes its arguments: that took as long as everything else a call does here.
+Tensor new_empty(const TensorView& like, const std::int64_t* shape, int rank, DType dtype) {
+  std::int64_t strides[TensorView::max_rank];
+  std::int64_t stride = 1;
+  for (int i = rank; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<std::int64_t>(shape[i], 1);
+  }
+  const bool cuda = like.device.type == DeviceType::cuda;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, shape, strides, torch_dtype(dtype),
+                                                  cuda ? codes().cuda : codes().cpu,
+                                                  like.device.index, &handle));
+  return Tensor(handle);
+}
+
+Tensor new_empty(const TensorView& like, std::initializer_list<std::int64_t> shape, DType dtype) {
+  return new_empty(like, shape.begin(), static_cast<int>(shape.size()), dtype);
+}
+
 Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> shape, DType dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, scalar_type(dtype));
+  TensorView place;
+  place.device = core_device(like, "q");
+  return new_empty(place, shape, dtype);
 }
 
 Tensor new_empty_like(const Tensor& like) {
-  const auto sizes = like.sizes();
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, like.scalar_type());
+  const TensorView view_of = view(like, "q");
+  return new_empty(view_of, view_of.shape, view_of.rank, view_of.dtype);
 }
 
-Call::Call(const Tensor& tensor) : tensor_(tensor) {
+Call::Call(const Tensor& tensor) {
   const Device device = core_device(tensor, "q");
+  like_.device = device;
   if (device.type == DeviceType::cuda) guard_.emplace(device.index);
   raise_if_error(query_device(device, &properties_));
 }
@@ -154,8 +196,7 @@ ExecutionContext Call::context(const Plan& plan) {
   if (plan.workspace_bytes > 0) {
     // torch aligns CPU memory to 64 bytes: ask for room to align further.
     const std::int64_t bytes = static_cast<std::int64_t>(plan.workspace_bytes);
-    const std::int64_t size = bytes + workspace_alignment;
-    workspace_ = torch::stable::new_empty(tensor_, {&size, 1}, ScalarType::Byte);
+    workspace_ = new_empty(like_, {(bytes + workspace_alignment + 3) / 4}, DType::int32);
     const auto address = reinterpret_cast<std::uintptr_t>(workspace_->data_ptr());
     const auto mask = static_cast<std::uintptr_t>(workspace_alignment - 1);
     context.workspace = reinterpret_cast<void*>((address + mask) & ~mask);

@@ -28,8 +28,9 @@ void raise_if_error(const Status& status);
 TensorView view(const Tensor& tensor, const char* name);
 TensorView view(const OptionalTensor& tensor, const char* name);
 
-ScalarType scalar_type(DType dtype);
-
+/// A fresh contiguous tensor on the device of `like`.
+Tensor new_empty(const TensorView& like, const std::int64_t* shape, int rank, DType dtype);
+Tensor new_empty(const TensorView& like, std::initializer_list<std::int64_t> shape, DType dtype);
 Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> shape, DType dtype);
 Tensor new_empty_like(const Tensor& like);
 
@@ -44,7 +45,7 @@ class Call {
   ExecutionContext context(const Plan& plan);
 
  private:
-  const Tensor& tensor_;
+  TensorView like_;  ///< its device alone
   DeviceProperties properties_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   OptionalTensor workspace_;

@@ -4,7 +4,9 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 
+#include "common/prepared.h"
 #include "convert.h"
 
 namespace sinkattn::torch_binding {
@@ -37,10 +39,10 @@ DType statistics_dtype(DType query) {
 }
 
 /// LSE tensor of a query: (b, h, sq) or (h, total_q).
-Tensor new_statistics(const Tensor& q, const TensorView& query, bool packed) {
+Tensor new_statistics(const TensorView& query, bool packed) {
   const DType type = statistics_dtype(query.dtype);
-  if (packed) return new_empty(q, {query.size_back(1), query.shape[0]}, type);
-  return new_empty(q, {query.shape[0], query.size_back(1), query.shape[1]}, type);
+  if (packed) return new_empty(query, {query.size_back(1), query.shape[0]}, type);
+  return new_empty(query, {query.shape[0], query.size_back(1), query.shape[1]}, type);
 }
 
 void check_query_rank(const TensorView& query, bool packed) {
@@ -52,14 +54,16 @@ void check_query_rank(const TensorView& query, bool packed) {
 
 /// Arguments of fwd after q, k, v, as one bundle: fwd, fwd_out, fwd_kvcache and the plan text share
 /// them.
-#define SINKATTN_FORWARD_PARAMETERS                                                             \
-  OptionalTensor qv, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,                  \
-      OptionalTensor seqused_q, OptionalTensor seqused_k, OptionalInt max_seqlen_q,             \
-      OptionalInt max_seqlen_k, OptionalTensor page_table, OptionalTensor cache_batch_idx,      \
-      OptionalTensor cache_leftpad, OptionalTensor q_descale, OptionalTensor k_descale,         \
-      OptionalTensor v_descale, OptionalDouble softmax_scale, bool causal, Int window_left,     \
-      Int window_right, Int attention_chunk, double softcap, OptionalTensor scheduler_metadata, \
-      Int num_splits, OptionalBool pack_gqa, Int sm_margin, OptionalTensor learnable_sink
+#define SINKATTN_FORWARD_PARAMETERS                                                        \
+  const OptionalTensor &qv, const OptionalTensor &cu_seqlens_q,                            \
+      const OptionalTensor &cu_seqlens_k, const OptionalTensor &seqused_q,                 \
+      const OptionalTensor &seqused_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, \
+      const OptionalTensor &page_table, const OptionalTensor &cache_batch_idx,             \
+      const OptionalTensor &cache_leftpad, const OptionalTensor &q_descale,                \
+      const OptionalTensor &k_descale, const OptionalTensor &v_descale,                    \
+      OptionalDouble softmax_scale, bool causal, Int window_left, Int window_right,        \
+      Int attention_chunk, double softcap, const OptionalTensor &scheduler_metadata,       \
+      Int num_splits, OptionalBool pack_gqa, Int sm_margin, const OptionalTensor &learnable_sink
 #define SINKATTN_FORWARD_ARGUMENTS                                                              \
   qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table, \
       cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,   \
@@ -98,13 +102,13 @@ ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v,
 }
 
 void run_forward(Call& call, const ForwardParams& params) {
-  Plan plan;
-  raise_if_error(plan_forward(params, call.device(), &plan));
-  raise_if_error(forward(params, plan, call.context(plan)));
+  Prepared<ForwardProblem> prepared;
+  raise_if_error(prepare_forward(params, call.device(), &prepared));
+  raise_if_error(run_prepared(prepared, call.context(prepared.plan)));
 }
 
 /// Allocates out for the query of `params`: dtype of q, bf16 for e4m3.
-Tensor new_out(const Tensor& q, const ForwardParams& params) {
+Tensor new_out(const ForwardParams& params) {
   const TensorView& query = params.query;
   if (params.value.rank < 1) {
     raise_if_error(Status::error(StatusCode::value_error, "v: expected 3 or 4 dimensions, got %d",
@@ -112,43 +116,102 @@ Tensor new_out(const Tensor& q, const ForwardParams& params) {
   }
   const DType type = query.dtype == DType::float8_e4m3 ? DType::bfloat16 : query.dtype;
   const Int dv = params.value.size_back(0);
-  if (query.rank == 3) return new_empty(q, {query.shape[0], query.shape[1], dv}, type);
-  return new_empty(q, {query.shape[0], query.shape[1], query.shape[2], dv}, type);
+  if (query.rank == 3) return new_empty(query, {query.shape[0], query.shape[1], dv}, type);
+  return new_empty(query, {query.shape[0], query.shape[1], query.shape[2], dv}, type);
 }
 
-Tensor fwd_out(Tensor out, Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS) {
+Tensor fwd_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+               SINKATTN_FORWARD_PARAMETERS) {
   Call call(q);
   ForwardParams params = forward_params(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
-  Tensor lse = new_statistics(q, params.query, params.cu_seqlens_q.defined());
+  Tensor lse = new_statistics(params.query, params.cu_seqlens_q.defined());
   params.out = view(out, "out");
   params.softmax_lse = view(lse, "softmax_lse");
   run_forward(call, params);
   return lse;
 }
 
-std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS) {
+std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                               SINKATTN_FORWARD_PARAMETERS) {
   Call call(q);
   ForwardParams params = forward_params(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
-  Tensor out = new_out(q, params);
-  Tensor lse = new_statistics(q, params.query, params.cu_seqlens_q.defined());
+  Tensor out = new_out(params);
+  Tensor lse = new_statistics(params.query, params.cu_seqlens_q.defined());
   params.out = view(out, "out");
   params.softmax_lse = view(lse, "softmax_lse");
   run_forward(call, params);
-  return {out, lse};
+  return {std::move(out), std::move(lse)};
+}
+
+/// Layouts that Python's ready() leaves as they are. On CUDA that is stricter than what the core
+/// accepts: no repeated rows.
+void check_ready(const TensorView& tensor, const char* name) {
+  if (tensor.device.type != DeviceType::cuda) return;
+  for (int i = 0; i + 1 < tensor.rank; ++i) {
+    if (tensor.stride[i] > 0 || tensor.shape[i] <= 1) continue;
+    raise_if_error(Status::error(StatusCode::value_error,
+                                 "%s: expected positive strides, got %lld in dimension %d", name,
+                                 static_cast<long long>(tensor.stride[i]), i));
+  }
+}
+
+/// Arguments of fwd in the common case alone: every argument of an operator costs the caller time
+/// in torch's conversions, given or not.
+#define SINKATTN_DENSE_PARAMETERS                                                          \
+  const Tensor &q, const Tensor &k, const Tensor &v, const OptionalTensor &learnable_sink, \
+      OptionalDouble softmax_scale, bool causal, Int window_left, Int window_right
+#define SINKATTN_DENSE_ARGUMENTS \
+  q, k, v, learnable_sink, softmax_scale, causal, window_left, window_right
+
+ForwardParams dense_params(SINKATTN_DENSE_PARAMETERS) {
+  ForwardParams p;
+  p.query = view(q, "q");
+  p.key = view(k, "k");
+  p.value = view(v, "v");
+  p.learnable_sink = view(learnable_sink, "learnable_sink");
+  p.softmax_scale = softmax_scale;
+  p.mask = mask_of(causal, window_left, window_right, 0);
+  check_query_rank(p.query, false);
+  check_ready(p.query, "q");
+  check_ready(p.key, "k");
+  check_ready(p.value, "v");
+  return p;
+}
+
+std::tuple<Tensor, Tensor> fwd_dense(SINKATTN_DENSE_PARAMETERS) {
+  Call call(q);
+  ForwardParams params = dense_params(SINKATTN_DENSE_ARGUMENTS);
+  Tensor out = new_out(params);
+  Tensor lse = new_statistics(params.query, false);
+  params.out = view(out, "out");
+  params.softmax_lse = view(lse, "softmax_lse");
+  run_forward(call, params);
+  return {std::move(out), std::move(lse)};
+}
+
+/// fwd_dense where nobody asks for the LSE: it is neither allocated nor written.
+Tensor fwd_dense_no_lse(SINKATTN_DENSE_PARAMETERS) {
+  Call call(q);
+  ForwardParams params = dense_params(SINKATTN_DENSE_ARGUMENTS);
+  Tensor out = new_out(params);
+  params.out = view(out, "out");
+  run_forward(call, params);
+  return out;
 }
 
 /// fwd for exported training graphs: the operator to which Python attaches a gradient, with the
 /// option that only the gradient reads.
-std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS,
-                                     bool deterministic) {
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     SINKATTN_FORWARD_PARAMETERS, bool deterministic) {
   (void)deterministic;
   return fwd(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
 }
 
-std::string explain_fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETERS) {
+std::string explain_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                        SINKATTN_FORWARD_PARAMETERS) {
   Call call(q);
   ForwardParams params = forward_params(q, k, v, SINKATTN_FORWARD_ARGUMENTS);
-  Tensor out = new_out(q, params);
+  Tensor out = new_out(params);
   params.out = view(out, "out");
   Plan plan;
   raise_if_error(plan_forward(params, call.device(), &plan));
@@ -158,10 +221,11 @@ std::string explain_fwd(Tensor q, Tensor k, Tensor v, SINKATTN_FORWARD_PARAMETER
          std::to_string(plan.workspace_bytes) + " bytes: " + plan.reason;
 }
 
-Tensor fwd_kvcache(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_new, Tensor v_new,
-                   OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos,
-                   OptionalTensor rotary_sin, OptionalTensor rotary_seqlens,
-                   bool rotary_interleaved, SINKATTN_FORWARD_PARAMETERS) {
+Tensor fwd_kvcache(const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                   const Tensor& k_new, const Tensor& v_new, const OptionalTensor& cu_seqlens_k_new,
+                   const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
+                   const OptionalTensor& rotary_seqlens, bool rotary_interleaved,
+                   SINKATTN_FORWARD_PARAMETERS) {
   Call call(q);
   ForwardParams params = forward_params(q, k_cache, v_cache, SINKATTN_FORWARD_ARGUMENTS);
   AppendParams append;
@@ -195,7 +259,7 @@ Tensor fwd_kvcache(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor 
     append.seqused_k_after = view(*used, "cache_seqlens");
     params.seqused_k = append.seqused_k_after;
   }
-  Tensor lse = new_statistics(q, params.query, params.cu_seqlens_q.defined());
+  Tensor lse = new_statistics(params.query, params.cu_seqlens_q.defined());
   params.out = view(out, "out");
   params.softmax_lse = view(lse, "softmax_lse");
   // The attention is checked before the cache is written: a refused call changes nothing.
@@ -209,13 +273,14 @@ Tensor fwd_kvcache(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor 
 }
 
 /// Arguments of bwd after dout and dlse.
-#define SINKATTN_BACKWARD_PARAMETERS                                                            \
-  OptionalTensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,           \
-      Tensor softmax_lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,             \
-      OptionalTensor seqused_q, OptionalTensor seqused_k, OptionalInt max_seqlen_q,             \
-      OptionalInt max_seqlen_k, OptionalDouble softmax_scale, bool causal, Int window_left,     \
-      Int window_right, Int attention_chunk, double softcap, bool deterministic, Int sm_margin, \
-      bool need_dq, bool need_dkv, OptionalTensor learnable_sink
+#define SINKATTN_BACKWARD_PARAMETERS                                                              \
+  const OptionalTensor &dout, const OptionalTensor &dlse, const Tensor &q, const Tensor &k,       \
+      const Tensor &v, const Tensor &out, const Tensor &softmax_lse,                              \
+      const OptionalTensor &cu_seqlens_q, const OptionalTensor &cu_seqlens_k,                     \
+      const OptionalTensor &seqused_q, const OptionalTensor &seqused_k, OptionalInt max_seqlen_q, \
+      OptionalInt max_seqlen_k, OptionalDouble softmax_scale, bool causal, Int window_left,       \
+      Int window_right, Int attention_chunk, double softcap, bool deterministic, Int sm_margin,   \
+      bool need_dq, bool need_dkv, const OptionalTensor &learnable_sink
 #define SINKATTN_BACKWARD_ARGUMENTS                                                        \
   dout, dlse, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, \
       max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right,        \
@@ -257,9 +322,9 @@ void run_backward(Call& call, const BackwardParams& params) {
   const bool nothing = !params.dq.defined() && !params.dk.defined() && !params.dsink.defined() &&
                        !params.softmax_d.defined();
   if (nothing) return;
-  Plan plan;
-  raise_if_error(plan_backward(params, call.device(), &plan));
-  raise_if_error(backward(params, plan, call.context(plan)));
+  Prepared<BackwardProblem> prepared;
+  raise_if_error(prepare_backward(params, call.device(), &prepared));
+  raise_if_error(run_prepared(prepared, call.context(prepared.plan)));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(SINKATTN_BACKWARD_PARAMETERS) {
@@ -295,7 +360,8 @@ Tensor new_softmax_d(const Tensor& q, const BackwardParams& params) {
   return d;
 }
 
-std::tuple<Tensor, Tensor> bwd_out(Tensor dq, Tensor dk, Tensor dv, SINKATTN_BACKWARD_PARAMETERS) {
+std::tuple<Tensor, Tensor> bwd_out(const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                                   SINKATTN_BACKWARD_PARAMETERS) {
   Call call(q);
   BackwardParams params = backward_params(SINKATTN_BACKWARD_ARGUMENTS);
   Tensor d = new_softmax_d(q, params);
@@ -312,7 +378,7 @@ std::tuple<Tensor, Tensor> bwd_out(Tensor dq, Tensor dk, Tensor dv, SINKATTN_BAC
   return {d, dsink};
 }
 
-Tensor combine_into(Tensor& out, const Tensor& out_partial, const Tensor& lse_partial,
+Tensor combine_into(const Tensor& out, const Tensor& out_partial, const Tensor& lse_partial,
                     const OptionalTensor& learnable_sink) {
   Call call(out_partial);
   CombineParams params;
@@ -344,9 +410,9 @@ void check_partial_rank(const Tensor& out_partial) {
                                static_cast<long long>(rank)));
 }
 
-std::tuple<Tensor, Tensor> combine_op(Tensor out_partial, Tensor lse_partial,
+std::tuple<Tensor, Tensor> combine_op(const Tensor& out_partial, const Tensor& lse_partial,
                                       std::optional<ScalarType> out_dtype,
-                                      OptionalTensor learnable_sink) {
+                                      const OptionalTensor& learnable_sink) {
   check_partial_rank(out_partial);
   const auto sizes = out_partial.sizes();
   Tensor out = torch::stable::new_empty(out_partial, {sizes.data() + 1, sizes.size() - 1},
@@ -355,20 +421,20 @@ std::tuple<Tensor, Tensor> combine_op(Tensor out_partial, Tensor lse_partial,
   return {out, lse};
 }
 
-Tensor combine_out(Tensor out, Tensor out_partial, Tensor lse_partial,
-                   OptionalTensor learnable_sink) {
+Tensor combine_out(const Tensor& out, const Tensor& out_partial, const Tensor& lse_partial,
+                   const OptionalTensor& learnable_sink) {
   check_partial_rank(out_partial);
   return combine_into(out, out_partial, lse_partial, learnable_sink);
 }
 
 Tensor get_scheduler_metadata(Int batch_size, Int max_seqlen_q, Int max_seqlen_k, Int num_heads_q,
                               Int num_heads_kv, Int headdim, Int headdim_v, ScalarType qkv_dtype,
-                              Tensor cache_seqlens, OptionalTensor cu_seqlens_q,
-                              OptionalTensor cu_seqlens_k_new, OptionalTensor cache_leftpad,
-                              OptionalInt page_size, Int max_seqlen_k_new, bool causal,
-                              Int window_left, Int window_right, Int attention_chunk,
-                              bool has_softcap, Int num_splits, OptionalBool pack_gqa,
-                              Int sm_margin) {
+                              const Tensor& cache_seqlens, const OptionalTensor& cu_seqlens_q,
+                              const OptionalTensor& cu_seqlens_k_new,
+                              const OptionalTensor& cache_leftpad, OptionalInt page_size,
+                              Int max_seqlen_k_new, bool causal, Int window_left, Int window_right,
+                              Int attention_chunk, bool has_softcap, Int num_splits,
+                              OptionalBool pack_gqa, Int sm_margin) {
   (void)qkv_dtype;
   Call call(cache_seqlens);
   if (batch_size < 0 || batch_size > (Int{1} << 30)) {
@@ -412,6 +478,10 @@ Tensor get_scheduler_metadata(Int batch_size, Int max_seqlen_q, Int max_seqlen_k
   "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, " \
   "Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, "            \
   "int sm_margin=0, Tensor? learnable_sink=None"
+#define SINKATTN_DENSE_SCHEMA                                          \
+  "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink=None, "        \
+  "float? softmax_scale=None, bool causal=False, int window_left=-1, " \
+  "int window_right=-1"
 #define SINKATTN_BACKWARD_SCHEMA                                                        \
   "Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "              \
   "Tensor softmax_lse, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "          \
@@ -424,6 +494,8 @@ Tensor get_scheduler_metadata(Int batch_size, Int max_seqlen_q, Int max_seqlen_k
 template <class Library>
 void implement(Library& m) {
   m.impl("fwd", TORCH_BOX(&fwd));
+  m.impl("fwd_dense", TORCH_BOX(&fwd_dense));
+  m.impl("fwd_dense_no_lse", TORCH_BOX(&fwd_dense_no_lse));
   m.impl("fwd_out", TORCH_BOX(&fwd_out));
   m.impl("fwd_kvcache", TORCH_BOX(&fwd_kvcache));
   m.impl("attention", TORCH_BOX(&attention));
@@ -440,6 +512,8 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY(sinkattn, m) {
   m.def("fwd(Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
         ") -> (Tensor out, Tensor softmax_lse)");
+  m.def("fwd_dense(" SINKATTN_DENSE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)");
+  m.def("fwd_dense_no_lse(" SINKATTN_DENSE_SCHEMA ") -> Tensor out");
   m.def("fwd_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
         ") -> Tensor softmax_lse");
   m.def(

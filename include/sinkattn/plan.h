@@ -29,7 +29,6 @@ struct Plan {
   int tile_m = 0;             ///< query rows per tile
   int tile_n = 0;             ///< keys per tile
   int grid = 0;               ///< CUDA: blocks of the main kernel
-  int cluster = 1;            ///< CUDA: blocks of a cluster that share one tile of query rows
   std::int64_t l2_bytes = 0;  ///< CUDA: L2 of the device the plan was made for
   char kernel[96] = {};       ///< name of the main kernel (instance)
   char reason[256] = {};      ///< why this one, as one printable line

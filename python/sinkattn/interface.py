@@ -26,7 +26,7 @@ from ._compatibility import (
     round_multiple,
     round_up_headdim,
 )
-from ._execute import attend, attend_packed, make_options
+from ._execute import attend, attend_dense, attend_packed, make_options
 from ._merge import flash_attn_combine, merge_attention
 from .autograd import (
     FlashAttnFunc,
@@ -54,6 +54,11 @@ __all__ = [
     "round_multiple",
     "round_up_headdim",
 ]
+
+
+# Compared by identity, which also rules out 0.0, False and tensors; where an interpreter shares no
+# small integers the call merely takes the general path.
+_ZERO, _ONE = 0, 1
 
 
 def flash_attn_func(
@@ -107,6 +112,20 @@ def flash_attn_func(
 
     The signature is FlashAttention-3's with the sink added.
     """
+    if (
+        attention_chunk is _ZERO
+        and num_splits is _ONE
+        and sm_margin is _ZERO
+        and type(softcap) is float
+        and softcap == 0.0
+        and qv is q_descale is k_descale is v_descale is pack_gqa is s_aux is sinks is None
+    ):
+        result = attend_dense(
+            q, k, v, learnable_sink, softmax_scale, causal, window_size, deterministic,
+            return_attn_probs,
+        )  # fmt: skip
+        if result is not None:
+            return result
     options = make_options(
         causal=causal,
         window_size=window_size,

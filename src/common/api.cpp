@@ -7,6 +7,7 @@
 
 #include "common/backend.h"
 #include "common/check.h"
+#include "common/prepared.h"
 #include "sinkattn/attention.h"
 
 namespace sinkattn {
@@ -102,12 +103,34 @@ Status check_backend(const Plan& plan, DeviceType type) {
     });                                                                                       \
   }
 
+// The same two steps for callers inside the library, which hand the problem on; see prepared.h.
+#define SINKATTN_DEFINE_PREPARED(operation, Params, Problem, make_problem)                  \
+  Status prepare_##operation(const Params& params, const DeviceProperties& device,          \
+                             Prepared<Problem>* prepared) {                                 \
+    return guarded([&]() -> Status {                                                        \
+      Problem& problem = prepared->problem;                                                 \
+      SINKATTN_RETURN_IF_ERROR(make_problem(params, &problem));                             \
+      SINKATTN_RETURN_IF_ERROR(check_device(problem.device, device));                       \
+      problem.describe = false;                                                             \
+      return SINKATTN_PLAN(plan_##operation, problem, device, &prepared->plan);             \
+    });                                                                                     \
+  }                                                                                         \
+  Status run_prepared(const Prepared<Problem>& prepared, const ExecutionContext& context) { \
+    return guarded([&]() -> Status {                                                        \
+      SINKATTN_RETURN_IF_ERROR(check_workspace(prepared.plan, context));                    \
+      return SINKATTN_RUN(operation, prepared.problem, prepared.plan, context);             \
+    });                                                                                     \
+  }
+
 }  // namespace
 
 SINKATTN_DEFINE_OPERATION(forward, ForwardParams, ForwardProblem, make_forward_problem)
 SINKATTN_DEFINE_OPERATION(backward, BackwardParams, BackwardProblem, make_backward_problem)
 SINKATTN_DEFINE_OPERATION(append_kv, AppendParams, AppendProblem, make_append_problem)
 SINKATTN_DEFINE_OPERATION(combine, CombineParams, CombineProblem, make_combine_problem)
+
+SINKATTN_DEFINE_PREPARED(forward, ForwardParams, ForwardProblem, make_forward_problem)
+SINKATTN_DEFINE_PREPARED(backward, BackwardParams, BackwardProblem, make_backward_problem)
 
 std::int64_t schedule_length(std::int64_t batch_size) {
   // One word per sequence, padded like the buffers that serving engines pre-allocate, plus a

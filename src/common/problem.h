@@ -64,6 +64,7 @@ struct AttentionShape {
   double softcap = 0.0;
   VectorView sink;  ///< data null: none
   int sm_margin = 0;
+  bool describe = true;  ///< false: the plan may leave out its text
 };
 
 /// Row in `key`/`value` storage of key token t of sequence b: dense, packed and paged caches.

@@ -110,6 +110,7 @@ Status plan_forward(const ForwardProblem& p, Plan* plan) {
   plan->workspace_bytes = static_cast<std::size_t>(forward_lanes(p, plan->num_splits) * lane +
                                                    partial_out_bytes(p, plan->num_splits) +
                                                    partial_lse_bytes(p, plan->num_splits));
+  if (!p.describe) return {};
   std::snprintf(plan->kernel, sizeof(plan->kernel), "cpu_forward_%s_%s", path.name,
                 dtype_name(p.query.dtype));
   std::snprintf(plan->reason, sizeof(plan->reason),
@@ -201,6 +202,7 @@ Status plan_backward(const BackwardProblem& p, Plan* plan) {
   plan->pack_gqa = p.group > 1;
   plan->workspace_bytes = static_cast<std::size_t>(
       backward_lanes(p) * aligned(path.backward_lane_bytes(p)) + statistics_bytes(p));
+  if (!p.describe) return {};
   const bool main_pass = p.dq.data != nullptr || p.dk.data != nullptr;
   std::snprintf(plan->kernel, sizeof(plan->kernel), "cpu_backward_%s_%s%s", path.name,
                 dtype_name(p.query.dtype), main_pass ? "" : "_prepare");

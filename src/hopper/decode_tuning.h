@@ -15,21 +15,15 @@ struct DecodeTuning {
   int keys, slots, blocks, warps;
 };
 
-/// Head dims of K and V (columns in shared memory), 16-row tiles per block, and whether a cluster
-/// shares a row tile.
-constexpr DecodeTuning decode_tuning(int head_dim, int head_dim_v, int row_tiles, bool cluster) {
+/// Head dims of K and V (columns in shared memory), and 16-row tiles per block.
+constexpr DecodeTuning decode_tuning(int head_dim, int head_dim_v, int row_tiles) {
   if (head_dim <= 64 && head_dim_v <= 64) {
-    if (cluster) return {16, 3, 2, 8};
-    return row_tiles == 1 ? DecodeTuning{16, 3, 4, 4} : DecodeTuning{16, 5, 2, 4};
+    return row_tiles == 1 ? DecodeTuning{16, 2, 4, 4} : DecodeTuning{16, 3, 2, 4};
   }
   if (head_dim <= 128 && head_dim_v <= 128) {
-    if (cluster) return {16, 3, 1, 8};
-    return row_tiles == 1 ? DecodeTuning{16, 3, 2, 4} : DecodeTuning{16, 3, 2, 4};
+    return row_tiles == 1 ? DecodeTuning{16, 2, 2, 4} : DecodeTuning{16, 3, 2, 4};
   }
-  if (head_dim <= 192 && head_dim_v <= 128) {
-    if (cluster) return {16, 2, 1, 8};
-    return {16, 2, 2, 4};
-  }
+  if (head_dim <= 192 && head_dim_v <= 128) return {16, 2, 2, 4};
   return {16, 3, 1, 4};
 }
 
@@ -40,15 +34,8 @@ inline constexpr int decode_min_tiles = 4;
 /// At most this many keys per row tile: one piece each, one launch, no merge.
 inline constexpr int decode_unsplit_keys = 256;
 
-/// A single sequence is shared by clusters if they come to this many blocks.
-inline constexpr int decode_cluster_blocks = 64;
-
 /// More row tiles per sequence than this (long query chunks) fill the machine by themselves; they
 /// are not split, and each has its own end of the visible keys.
 inline constexpr int decode_balanced_row_tiles = 16;
-
-/// Blocks of a cluster that share a row tile when there is one sequence. Sixteen needs a GPC with
-/// as many SMs: the full-size Hopper parts have it; eight is the portable limit.
-constexpr int decode_cluster(int sm_count) { return sm_count >= 132 ? 16 : 8; }
 
 }  // namespace sinkattn::hopper

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper/device.h"
 
+#include <atomic>
 #include <mutex>
-#include <vector>
 
 #include "common/backend.h"
 
@@ -53,16 +53,27 @@ Status read_properties(int index, DeviceProperties* properties) {
 }  // namespace
 
 Status query_device(int index, DeviceProperties* properties) {
-  static std::mutex mutex;
-  static std::vector<DeviceProperties> known;
-  const std::lock_guard lock(mutex);
-  for (const DeviceProperties& entry : known) {
-    if (entry.device.index != index) continue;
-    *properties = entry;
-    return {};
+  // Every call asks, so a device that was read once is found without a lock: `ready` is set after
+  // the entry is complete and never cleared.
+  struct Entry {
+    std::atomic<bool> ready{false};
+    DeviceProperties properties;
+  };
+  constexpr int cached_devices = 64;
+  static Entry known[cached_devices];
+  if (index < 0 || index >= cached_devices) return read_properties(index, properties);
+  Entry& entry = known[index];
+  if (!entry.ready.load(std::memory_order_acquire)) {
+    static std::mutex mutex;
+    const std::lock_guard lock(mutex);
+    if (!entry.ready.load(std::memory_order_relaxed)) {
+      DeviceProperties read;
+      SINKATTN_RETURN_IF_ERROR(read_properties(index, &read));
+      entry.properties = read;
+      entry.ready.store(true, std::memory_order_release);
+    }
   }
-  SINKATTN_RETURN_IF_ERROR(read_properties(index, properties));
-  known.push_back(*properties);
+  *properties = entry.properties;
   return {};
 }
 

@@ -33,10 +33,16 @@ const BackwardInstance* find_instance(const BackwardProblem& problem) {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+/// Bytes of the accumulator, Q and dO of one query head of one sequence.
+std::int64_t bytes_of_head(const BackwardProblem& problem, CompiledDims dims) {
+  return std::max<std::int64_t>(1, problem.longest_q) * (2 * (dims.d + dims.dv) + 4 * dims.d);
+}
+
 /// Parts that the query heads of a group are split into, so that there are blocks for every
-/// multiprocessor. 1 where the blocks suffice: then dK and dV are stored once, from registers.
+/// multiprocessor. 1 where the blocks suffice: then dK and dV are stored once, from registers. 1 in
+/// deterministic mode: the order of a sum must not depend on what else is in the batch.
 int group_splits(const BackwardProblem& problem, const BackwardInstance& instance, int sm_count) {
-  if (problem.dk.data == nullptr) return 1;
+  if (problem.dk.data == nullptr || problem.deterministic) return 1;
   const std::int64_t rows = problem.packed_k ? problem.rows_k : problem.batch * problem.rows_k;
   const std::int64_t blocks = ceil_div(rows, instance.key_pass_keys) * problem.heads_kv;
   const std::int64_t wanted = 2 * std::max(1, sm_count);
@@ -55,18 +61,32 @@ bool uses_accumulator(const BackwardProblem& problem) {
   return problem.dq.data != nullptr && !uses_query_pass(problem);
 }
 
+/// Launches of the key pass, each for some query heads of every group. Blocks drift apart over
+/// their heads; what they touch of the accumulator, Q and dO at one time should stay in L2. dK and
+/// dV go from launch to launch as fp32 sums, in order.
+int group_parts(const BackwardProblem& problem, const BackwardInstance& instance, int splits) {
+  if (splits > 1 || problem.dk.data == nullptr || !uses_accumulator(problem)) return 1;
+  const std::int64_t heads =
+      std::max<std::int64_t>(1, l2_of_heads / bytes_of_head(problem, instance.dims));
+  if (!instance.parts_from_l2 || problem.group <= heads) return 1;
+  return static_cast<int>(ceil_div(problem.group, heads));
+}
+
 /// The workspace behind the plan; the number of splits is in the plan.
 struct Workspace {
   PrepareLayout prepare;
   std::size_t dq_offset, dk_offset, dv_offset, bytes;
 
-  Workspace(const BackwardProblem& problem, CompiledDims dims, int splits) : prepare(problem) {
+  Workspace(const BackwardProblem& problem, const BackwardInstance& instance, int splits)
+      : prepare(problem) {
+    const CompiledDims dims = instance.dims;
+    const bool partial = splits > 1 || group_parts(problem, instance, splits) > 1;
     const auto aligned = [](std::int64_t n) {
       return static_cast<std::size_t>(ceil_div(n, 256)) * 256;
     };
     const std::int64_t batch_q = problem.packed_q ? 1 : problem.batch;
     const std::int64_t batch_k = problem.packed_k ? 1 : problem.batch;
-    const std::int64_t keys = splits > 1 && problem.dk.data != nullptr
+    const std::int64_t keys = partial && problem.dk.data != nullptr
                                   ? splits * batch_k * problem.rows_k * problem.heads_kv
                                   : 0;
     const bool with_dq = uses_accumulator(problem);
@@ -128,10 +148,8 @@ BackwardArguments make_arguments(const BackwardProblem& problem) {
 
 /// Pairs that run together: their Q, dO and accumulator of one head should stay in L2.
 int pairs_per_section(const BackwardProblem& problem, CompiledDims dims) {
-  constexpr std::int64_t budget = 24 << 20;
-  const std::int64_t bytes = problem.longest_q * (2 * (dims.d + dims.dv) + 4 * dims.d);
   return static_cast<int>(
-      std::clamp<std::int64_t>(budget / std::max<std::int64_t>(bytes, 1), 1, 4096));
+      std::clamp<std::int64_t>(l2_of_section / bytes_of_head(problem, dims), 1, 4096));
 }
 
 Status check_grid(std::int64_t grid, const char* tensor) {
@@ -149,7 +167,18 @@ Status launch_key_pass(const BackwardProblem& problem, const BackwardInstance& i
   p.tiles = static_cast<int>(tiles);
   p.section = pairs_per_section(problem, instance.dims);
   if (grid == 0) return {};
-  return instance.key_pass(p, problem.query.dtype, static_cast<unsigned>(grid), stream);
+  const int parts = group_parts(problem, instance, p.splits);
+  const int heads = static_cast<int>(ceil_div(p.group, parts));
+  for (int part = 0; part < parts; ++part) {
+    p.first_head = part * heads;
+    p.end_head = std::min(p.group, p.first_head + heads);
+    p.heads_per_split = static_cast<int>(ceil_div(p.end_head - p.first_head, p.splits));
+    p.adds_partial = part > 0;
+    p.keeps_partial = p.splits > 1 || part + 1 < parts;
+    SINKATTN_RETURN_IF_ERROR(
+        instance.key_pass(p, problem.query.dtype, static_cast<unsigned>(grid), stream));
+  }
+  return {};
 }
 
 Status launch_query_pass(const BackwardProblem& problem, const BackwardInstance& instance,
@@ -192,8 +221,7 @@ Status launch_main(const BackwardProblem& problem, const BackwardInstance& insta
   p.softmax_d = floats(layout.prepare.d_offset);
   p.statistic_rows = layout.prepare.rows;
   p.splits = splits;
-  p.heads_per_split = static_cast<int>(ceil_div(problem.group, splits));
-  if (splits > 1) {
+  if (layout.dv_offset > layout.dk_offset) {
     p.dk_partial = floats(layout.dk_offset);
     p.dv_partial = floats(layout.dv_offset);
     p.partial_stride = (problem.packed_k ? 1 : problem.batch) * problem.rows_k * problem.heads_kv;
@@ -210,7 +238,7 @@ Status launch_main(const BackwardProblem& problem, const BackwardInstance& insta
     SINKATTN_RETURN_IF_ERROR(launch_finish_queries(
         p, dtype, instance.dims.d, ceil_div(problem.longest_q, backward_tile_queries), stream));
   }
-  if (p.dk_partial != nullptr) {
+  if (splits > 1) {
     SINKATTN_RETURN_IF_ERROR(
         launch_finish_keys(p, dtype, instance.dims, problem.longest_k, stream));
   }
@@ -238,7 +266,7 @@ Status plan_backward(const BackwardProblem& problem, const DeviceProperties& dev
   plan->num_splits = group_splits(problem, *instance, device.sm_count);
   plan->tile_m = backward_tile_queries;
   plan->tile_n = instance->key_pass_keys;
-  plan->workspace_bytes = Workspace(problem, instance->dims, plan->num_splits).bytes;
+  plan->workspace_bytes = Workspace(problem, *instance, plan->num_splits).bytes;
   std::snprintf(plan->kernel, sizeof(plan->kernel), "backward_%s_d%d_dv%d%s",
                 dtype_name(problem.query.dtype), instance->dims.d, instance->dims.dv,
                 problem.softcap != 0.0 ? "_softcap" : "");
@@ -256,7 +284,7 @@ Status backward(const BackwardProblem& problem, const Plan& plan, const Executio
   if (!wants_main_pass(problem)) return launch_prepare(problem, context.workspace, {}, stream);
   const BackwardInstance* instance = find_instance(problem);
   if (instance == nullptr) return not_built("q", "the backward for head dims above 256");
-  const Workspace layout(problem, instance->dims, plan.num_splits);
+  const Workspace layout(problem, *instance, plan.num_splits);
   char* memory = static_cast<char*>(context.workspace);
   PrepareAccumulator accumulator;
   if (uses_accumulator(problem)) {

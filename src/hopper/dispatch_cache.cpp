@@ -37,14 +37,13 @@ Status plan_decode(const ForwardProblem& p, const DeviceProperties& device, Plan
   plan->tile_m = launch.rows;
   plan->tile_n = launch.tile_keys;
   plan->grid = launch.grid;
-  plan->cluster = launch.cluster;
   plan->workspace_bytes = launch.bytes;
+  if (!p.describe) return {};
   std::snprintf(plan->kernel, sizeof(plan->kernel), "decode_%d_%d_%s", launch.columns,
                 launch.columns_v, dtype_name(p.query.dtype));
   std::snprintf(plan->reason, sizeof(plan->reason), "%lld packed query rows per KV head, %s",
                 static_cast<long long>(p.longest_q * p.group),
-                launch.cluster > 1   ? "one sequence: keys of a row tile in a cluster"
-                : launch.splits == 0 ? "keys shared out evenly over all blocks"
+                launch.splits == 0   ? "keys shared out evenly over all blocks"
                 : launch.splits == 1 ? "keys of a row tile in one block"
                                      : "keys of a row tile in equal pieces");
   return {};

@@ -204,7 +204,6 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
   plan->pack_gqa = false;
   plan->tile_m = instance->tile_m;
   plan->tile_n = instance->tile_n;
-  plan->workspace_bytes = ForwardLayout(p, plan->num_splits).bytes;
   const std::int64_t tiles = count_tiles(p, instance->tile_m) * plan->num_splits;
   if (tiles > (std::int64_t{1} << 31) - 1 - device.sm_count) {
     return Status::error(StatusCode::not_implemented,
@@ -213,6 +212,11 @@ Status plan_forward(const ForwardProblem& p, const DeviceProperties& device, Pla
   }
   plan->grid = static_cast<int>(std::min<std::int64_t>(tiles, device.sm_count - p.sm_margin));
   plan->l2_bytes = device.l2_bytes;
+  // One tile per block and no splits: nothing to count, nothing to merge, nothing to allocate.
+  if (tiles > plan->grid || plan->num_splits > 1) {
+    plan->workspace_bytes = ForwardLayout(p, plan->num_splits).bytes;
+  }
+  if (!p.describe) return {};
   std::snprintf(plan->kernel, sizeof(plan->kernel), "%s", instance->name);
   std::snprintf(plan->reason, sizeof(plan->reason),
                 "head dims %lld, %lld run as %d, %d; %s; each block of %d walks over tiles of one "
@@ -236,8 +240,11 @@ Status forward(const ForwardProblem& p, const Plan& plan, const ExecutionContext
   a.order = make_order(p, *instance, plan.num_splits, plan.l2_bytes);
   a.lse = p.lse;
   a.sink = p.sink;
-  const CombineProblem merge = merge_of(p, plan.num_splits, workspace);
-  if (plan.num_splits > 1) direct_to_partials(merge, &a);
+  CombineProblem merge;
+  if (plan.num_splits > 1) {
+    merge = merge_of(p, plan.num_splits, workspace);
+    direct_to_partials(merge, &a);
+  }
   if (count_tiles(p, instance->tile_m) * plan.num_splits > plan.grid) {
     a.order.counter = reinterpret_cast<std::int32_t*>(workspace);
     SINKATTN_RETURN_IF_ERROR(

@@ -1,14 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper/launch.h"
 
+#include <cstddef>
+#include <cstdint>
 #include <mutex>
-#include <set>
-#include <utility>
 
 #include "hopper/device.h"
 
 namespace sinkattn::hopper {
 namespace {
+
+/// Kernels whose limit this thread has raised, by device. Direct mapped: a collision raises the
+/// limit again, which is slow but right.
+struct Raised {
+  const void* kernel = nullptr;
+  int device = -1;
+};
+
+constexpr std::size_t raised_slots = 64;
+
+std::size_t slot_of(const void* kernel, int device) {
+  const auto mixed = (reinterpret_cast<std::uintptr_t>(kernel) + static_cast<unsigned>(device)) *
+                     std::uint64_t{0x9E3779B97F4A7C15};
+  return static_cast<std::size_t>(mixed >> 58);
+}
 
 /// Sets the attribute once per kernel and device; the last success is remembered per thread, so
 /// that a running program takes no lock.
@@ -17,15 +32,14 @@ Status allow_shared_memory(const void* kernel, const char* name, int bytes) {
   if (bytes <= default_limit) return {};
   int device = 0;
   SINKATTN_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "device"));
-  using Key = std::pair<const void*, int>;
-  static thread_local std::set<Key> known;
-  const Key key{kernel, device};
-  if (known.count(key) != 0) return {};
+  static thread_local Raised raised[raised_slots];
+  Raised& entry = raised[slot_of(kernel, device)];
+  if (entry.kernel == kernel && entry.device == device) return {};
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   SINKATTN_RETURN_IF_ERROR(cuda_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name));
-  known.insert(key);
+  entry = {kernel, device};
   return {};
 }
 

@@ -149,6 +149,11 @@ def test_kernel_statistics(library, has_kernels):
     assert not diff, f"run tools/sass_stats.py --update if this is intended\n{diff}"
 
 
+def test_generated_instructions_are_current():
+    command = [sys.executable, ROOT / "tools" / "generate_wgmma.py", "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
 def test_no_kernel_spills(library, has_kernels):
     if not has_kernels:
         pytest.skip("CPU-only build")

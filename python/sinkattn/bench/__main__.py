@@ -10,6 +10,7 @@ import torch
 
 from .cases import GROUPS
 from .environment import Environment
+from .host import host_table
 from .providers import DEFAULTS, PROVIDERS
 from .report import picture, table, write_csv, write_environment
 from .run import run_case, say
@@ -33,6 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baseline", help="provider of the ratios; default sdpa-cudnn or eager")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="path prefix for .csv, .json and .png")
+    parser.add_argument(
+        "--host", action="store_true", help="only what a call costs the host, layer by layer"
+    )
     options = parser.parse_args(arguments)
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    if options.host:
+        print(host_table(device))
+        return 0
     torch.backends.cuda.matmul.allow_tf32 = False
     environment = Environment.measure(device)
     timer = Timer(device, repeats=options.repeats)

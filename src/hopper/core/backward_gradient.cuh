@@ -63,8 +63,18 @@ __device__ __forceinline__ void probabilities(float (&s)[Registers], const Backw
   }
 }
 
-/// The same with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2), what dS
-/// is proportional to.
+/// A wgmma wait has no operands, and ptxas moves it up over the arithmetic that should run ahead of
+/// it, but not over a branch on the results. No probability has a sign (the NaN of ex2 has none).
+template <int Registers>
+__device__ __forceinline__ void hold_wait_below(const float (&p)[Registers]) {
+  int bits = 0;
+#pragma unroll
+  for (int i = 0; i < Registers; ++i) bits |= __float_as_int(p[i]);
+  if (bits < 0) __trap();
+}
+
+/// probabilities() with softcap, rounded and packed as operands: p is P, w is P (1 - (t / c)^2),
+/// what dS is proportional to.
 template <class T, class Statistics, int Blocks>
 __device__ __forceinline__ void capped_probabilities(const float (&s)[8 * Blocks],
                                                      std::uint32_t (&p)[Blocks][4],

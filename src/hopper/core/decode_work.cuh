@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which piece of the work a decode block does. A row tile (sequence, tile of packed query rows, KV
 // head) is cut along its keys into pieces. Two ways of cutting:
-//   splits = n   every row tile in n equal pieces, one block each. With n = 1 a row's result
-//   depends
+//   splits = n   every row tile in n equal pieces, one block each. With n = 1 a row's result depends
 //                on nothing but the row.
-//   cluster = n  the same, but the pieces are the blocks of a cluster, which merge them on the
-//   spot. splits = 0   all key tiles of the batch in one line (sequence, row tile, KV head
-//   fastest), the
+//   splits = 0   all key tiles of the batch in one line (sequence, row tile, KV head fastest), the
 //                line cut in equal parts, one per block of a grid that fills the machine once. A
 //                block ends the row tile it starts in, does whole ones, and begins a last one.
 // Lengths are read here, on the device, and every value that comes from an index tensor is clamped
@@ -25,20 +22,14 @@ namespace sinkattn::hopper {
 struct DecodePiece {
   int b, kv_head, row_tile;
   int key_begin, key_end;
-  int index, count;                    ///< this piece, and how many the row tile has
-  std::int64_t slot_first, slot_rest;  ///< workspace slots: of piece 0; of piece i is
-  int slot_step;                       ///< slot_rest + i * slot_step
-  int entry;                           ///< of the row tile in the list of what is to be merged
-
-  __device__ std::int64_t slot(int i) const {
-    return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
-  }
+  int index, count;  ///< this piece, and how many the row tile has
+  int entry;         ///< of the row tile in the list of what is to be merged
 };
 
 /// One sequence as the kernel needs it; equal in all threads.
 template <int RowTile, int TileKeys>
 struct DecodeSequence {
-  int rows;  ///< packed query rows: positions * group
+  int rows;              ///< packed query rows: positions * group
   int length_q, length_k;
   std::int64_t first_q;  ///< row of position 0 in the query tensor
   int first_slot;        ///< slot of token 0
@@ -59,12 +50,14 @@ struct DecodeSequence {
 
   __device__ int row_tiles() const { return (rows + RowTile - 1) / RowTile; }
 
+  __device__ Range keys_of_row(const DecodeParams& p, int row) const {
+    return visible_keys(p.mask, p.by_group.divide(row), length_q, length_k);
+  }
+
   /// Keys that packed rows first to last see (both ends of the interval never decrease).
   __device__ Range keys_of(const DecodeParams& p, int first, int last) const {
     if (last < first) return {};
-    const Range low = visible_keys(p.mask, p.by_group.divide(first), length_q, length_k);
-    const Range high = visible_keys(p.mask, p.by_group.divide(last), length_q, length_k);
-    return {low.begin, high.end};
+    return {keys_of_row(p, first).begin, keys_of_row(p, last).end};
   }
 
   __device__ static int tiles_of(const Range& keys) {
@@ -90,8 +83,8 @@ class DecodeWork {
   using Sequence = DecodeSequence<RowTile, TileKeys>;
   static constexpr int threads = 32 * Warps;
 
-  DecodePiece piece;
-  Sequence sequence;  ///< of the piece
+  DecodePiece piece, last_piece;     ///< current, and the one before
+  Sequence sequence, last_sequence;  ///< of the pieces
 
   /// By all threads, once, before next().
   __device__ void begin(const DecodeParams& p) {
@@ -107,7 +100,11 @@ class DecodeWork {
   /// By all threads: moves to the next piece, or returns false when the block is done.
   __device__ bool next(const DecodeParams& p) {
     __syncthreads();
-    if (threadIdx.x == 0) more_ = p.splits > 0 ? take_static(p) : take_balanced(p);
+    if (threadIdx.x == 0) {
+      last_piece = piece;
+      last_sequence = sequence;
+      more_ = p.splits > 0 ? take_static(p) : take_balanced(p);
+    }
     __syncthreads();
     return more_;
   }
@@ -117,7 +114,7 @@ class DecodeWork {
     DecodeCut cut = {};
     if (p.splits > 0) {
       if (piece.index != 0) return;
-      if (piece.row_tile < sequence.row_tiles()) cut.pieces = piece.count;
+      cut.pieces = piece.count;
     } else if (part_begins_cut_) {
       cut.pieces = piece.count;
     }
@@ -127,40 +124,35 @@ class DecodeWork {
       cut.kv_head = piece.kv_head;
       cut.first_row = piece.row_tile * RowTile;
       cut.rows = min(RowTile, sequence.rows - cut.first_row);
-      cut.slot_first = piece.slot_first;
-      cut.slot_rest = piece.slot_rest;
-      cut.slot_step = piece.slot_step;
     }
     p.cuts[p.splits > 0 ? piece.entry : static_cast<int>(blockIdx.x)] = cut;
   }
 
  private:
-  /// Blocks of a row tile are neighbours in a cluster, and heads apart otherwise, so that blocks
-  /// which run together read neighbouring heads of the same tokens.
+  /// Heads vary fastest, so that blocks which run together read neighbouring heads of the same
+  /// tokens. Where there are too few keys for p.splits pieces, the last blocks have nothing to do.
   __device__ bool take_static(const DecodeParams& p) {
     if (left_ < 0) return false;
     left_ = -1;
-    int unit = blockIdx.x;
-    if (p.cluster > 1) {
-      piece.index = unit % p.splits;
-      unit /= p.splits;
-    } else {
-      piece.kv_head = unit % p.heads_kv;
-      piece.index = unit / p.heads_kv % p.splits;
-      unit = unit / p.heads_kv / p.splits * p.heads_kv + piece.kv_head;
-    }
-    piece.kv_head = unit % p.heads_kv;
-    piece.row_tile = unit / p.heads_kv % p.row_tiles;
-    piece.b = unit / p.heads_kv / p.row_tiles;
-    piece.entry = unit;
-    piece.count = p.splits;
+    int rest = blockIdx.x / p.heads_kv;
+    piece.kv_head = blockIdx.x % p.heads_kv;
+    piece.index = rest % p.splits;
+    rest /= p.splits;
+    piece.row_tile = rest % p.row_tiles;
+    piece.b = rest / p.row_tiles;
+    piece.entry = rest * p.heads_kv + piece.kv_head;
+    piece.count = 0;
     sequence = Sequence(p, piece.b);
     if (piece.row_tile >= sequence.row_tiles()) return false;
     const Range keys = sequence.keys_of_tile(p, piece.row_tile);
-    const std::int64_t tiles = Sequence::tiles_of(keys);
-    set_keys(keys, tiles * piece.index / p.splits, tiles * (piece.index + 1) / p.splits);
-    piece.slot_first = piece.slot_rest = static_cast<std::int64_t>(unit) * p.splits;
-    piece.slot_step = 1;
+    const int tiles = Sequence::tiles_of(keys);
+    piece.count = min(p.splits, p.min_tiles > 1 ? max(1, tiles / p.min_tiles) : p.splits);
+    if (piece.index >= piece.count) return false;
+    // Pieces differ by at most one tile; the longer ones come first.
+    const int least = tiles / piece.count;
+    const int longer = tiles - least * piece.count;
+    const int first = piece.index * least + min(piece.index, longer);
+    set_keys(keys, first, first + least + (piece.index < longer ? 1 : 0));
     return true;
   }
 
@@ -190,10 +182,6 @@ class DecodeWork {
     set_keys(sequence.keys_of_tile(p, piece.row_tile), tile_, tile_ + take);
     piece.index = static_cast<int>(blockIdx.x - first);
     piece.count = static_cast<int>(last - first + 1);
-    // A block begins at most one row tile that others continue, and continues at most one.
-    piece.slot_first = 2 * first + 1;
-    piece.slot_rest = 2 * first;
-    piece.slot_step = 2;
     piece.entry = static_cast<int>(first);
     part_begins_cut_ = piece.index == 0 && piece.count > 1;
     left_ -= take;

@@ -2,8 +2,6 @@
 #include "hopper/kernels/decode.cuh"
 
 namespace sinkattn::hopper {
-template Status launch_decode_instance<256, 256, 1, false, true>(const DecodeParams&, int,
-                                                                 cudaStream_t);
-template Status launch_decode_instance<256, 256, 1, true, true>(const DecodeParams&, int,
-                                                                cudaStream_t);
+template Status launch_decode_instance<256, 256, 1, true>(const DecodeParams&, int,
+                                                           cudaStream_t);
 }  // namespace sinkattn::hopper

@@ -6,11 +6,13 @@
 //   S^T = K Q^T, dP^T = V dO^T       P = exp2(S c - LSE2), dS = P (dP - D')
 //   dV += P^T dO, dK += dS^T Q       operands P^T, dS^T are the accumulators just computed
 // and put dS into a ring of shared-memory tiles. A third warpgroup turns them into dQ = dS K and
-// adds that to the fp32 accumulator in L2. Nothing synchronises the block as a whole: the two main
-// warpgroups drift apart until one's exponentials run under the other's matrix products.
+// adds that to the fp32 accumulator in L2. Where registers allow (d 64) it also takes dK over, with
+// dS from shared memory: then the three have about the same share of the matrix products. Nothing
+// synchronises the block as a whole: the warpgroups drift apart until one's exponentials run under
+// the others' matrix products.
 //
-// Here: shared memory, barriers, and the roles that copy and that form dQ. The main warpgroups are
-// in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
+// Here: shared memory, barriers, and the roles that copy and that form dQ and dK. The main
+// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
 #pragma once
 
 #include "hopper/backward_tuning.h"
@@ -36,7 +38,7 @@ struct KeyPass {
   static constexpr bool softcap = Softcap_;
   static constexpr int queries = backward_tile_queries, keys = 128, warpgroup_keys = 64;
   static constexpr int stages = Tuning::stages;
-  // With softcap the scores live on as tanh values until dS, so that S cannot start ahead.
+  // With softcap there are too many values per score to have S of the next tile as well.
   static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
   static constexpr bool key_in_registers = Tuning::key_in_registers && !softcap;
   static constexpr bool value_in_registers = Tuning::value_in_registers && !softcap;
@@ -50,6 +52,7 @@ struct KeyPass {
   using ScoreTile = Tile<queries, keys>;  ///< dS as [query][key], a slab per main warpgroup
   static constexpr ptx::Major score_major = ptx::Major::k;  ///< dS as operand A of dQ
   static constexpr int probability_bytes = 0;               ///< P in shared memory, per slot
+  static constexpr bool third_group_adds_keys = Tuning::third_group_adds_keys;
   template <class C>
   using Main = KeyPassMain<C>;
 
@@ -66,7 +69,9 @@ struct KeyPassSmem {
   static constexpr int dout = query + C::stages * C::QueryTile::bytes;
   static constexpr int score = dout + C::stages * C::DoutTile::bytes;
   static constexpr int probability = score + C::stages * C::ScoreTile::bytes;
-  static constexpr int lse2 = probability + C::stages * C::probability_bytes;
+  static constexpr int reduction = probability + C::stages * C::probability_bytes;
+  static constexpr int reduction_bytes = C::queries * C::Tuning::dq_columns * 4;
+  static constexpr int lse2 = reduction + (C::Tuning::bulk_reduction ? 2 * reduction_bytes : 0);
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
@@ -85,7 +90,7 @@ struct KeyPassBarriers {
   std::uint64_t* keys_full;    ///< K, V loaded: producer's expect_tx -> mains, dQ group
   std::uint64_t* query_full;   ///< [stage] Q, LSE2 loaded -> mains
   std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
-  std::uint64_t* stage_empty;  ///< [stage] the 8 main warps are done with Q and dO -> producer
+  std::uint64_t* stage_empty;  ///< [stage] all readers are done with Q and dO -> producer
   std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
   std::uint64_t* score_empty;  ///< [stage] the 4 dQ warps have read dS -> mains
 
@@ -103,7 +108,7 @@ struct KeyPassBarriers {
     for (int i = 0; i < C::stages; ++i) {
       ptx::mbarrier_init(query_full + i, 1);
       ptx::mbarrier_init(dout_full + i, 1);
-      ptx::mbarrier_init(stage_empty + i, 8);
+      ptx::mbarrier_init(stage_empty + i, C::third_group_adds_keys ? 12 : 8);
       ptx::mbarrier_init(score_full + i, 8);
       ptx::mbarrier_init(score_empty + i, 4);
     }
@@ -135,8 +140,9 @@ struct KeyPassWork {
 
   __device__ KeyPassWork(const BackwardArguments& p, const KeyPassPlace& place_, int keys)
       : place(place_), sequence(p, place_.b) {
-    first_head = place.kv_head * p.group + place.split * p.heads_per_split;
-    const int heads = min(p.heads_per_split, p.group - place.split * p.heads_per_split);
+    const int first = p.first_head + place.split * p.heads_per_split;
+    const int heads = min(p.heads_per_split, p.end_head - first);
+    first_head = place.kv_head * p.group + first;
     tiles = query_tiles(p.mask, place.first_key, place.first_key + keys, sequence.queries.length,
                         sequence.keys.length);
     iterations = heads * (tiles.end - tiles.begin);
@@ -146,25 +152,34 @@ struct KeyPassWork {
 /// What the main warpgroups need of the block, in shared memory: computing it takes more registers
 /// than they have.
 struct alignas(16) BlockFacts {
-  TileRange tiles;    ///< query tiles of each head
-  int iterations;     ///< over all heads
-  TileRange full[2];  ///< of them, those that need no mask for the keys of each main warpgroup
+  TileRange tiles;  ///< query tiles of each head
+  TileRange full;   ///< of them, those that need no mask
+  int iterations;   ///< over all heads
 };
 static_assert(sizeof(BlockFacts) <= 64);
 
 /// Walks over (head, query tile) in the order that all roles share.
 struct QueryWalk {
-  int head, tile;
   TileRange tiles;
+  int head, tile;
+  std::int64_t row;         ///< of the tile in the row statistics and in the accumulator
+  std::uint32_t head_step;  ///< from the last tile of a head to the first of the next
 
-  __device__ explicit QueryWalk(const KeyPassWork& work)
-      : head(work.first_head), tile(work.tiles.begin), tiles(work.tiles) {}
+  __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)
+      : tiles(work.tiles), head(work.first_head), tile(work.tiles.begin) {
+    row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
+    head_step = static_cast<std::uint32_t>(p.statistic_rows -
+                                           (tiles.end - 1 - tiles.begin) * backward_tile_queries);
+  }
 
   __device__ void advance() {
-    if (++tile == tiles.end) {
-      tile = tiles.begin;
-      ++head;
+    if (++tile < tiles.end) {
+      row += backward_tile_queries;
+      return;
     }
+    tile = tiles.begin;
+    row += head_step;
+    ++head;
   }
 };
 
@@ -187,22 +202,28 @@ struct KeyPassProducer {
         work(work_),
         barriers(barriers_),
         smem(smem_),
-        query(&p_.query, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
-        dout(&p_.dout, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b),
-        walk(work_),
+        query(&p_.query, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b,
+              p_.head_dim),
+        dout(&p_.dout, p_.rows_q, work_.sequence.queries, p_.packed_q ? 0 : work_.place.b,
+             p_.has_dout ? p_.head_dim_v : 0),
+        walk(p_, work_),
         left(work_.iterations) {}
 
   __device__ void load_keys() const {
     const KeyPassPlace& place = work.place;
     const int batch = p.packed_k ? 0 : place.b;
     const std::uint32_t base = ptx::shared_address(smem);
-    ptx::mbarrier_arrive_expect_tx(barriers.keys_full, C::KeyTile::bytes + C::ValueTile::bytes);
-    TileSource(&p.key, p.rows_k, work.sequence.keys, batch)
-        .template load<typename C::KeyTile, C::keys>(base + Smem::key, barriers.keys_full,
-                                                     place.first_key, place.kv_head);
-    TileSource(&p.value, p.rows_k, work.sequence.keys, batch)
-        .template load<typename C::ValueTile, C::keys>(base + Smem::value, barriers.keys_full,
-                                                       place.first_key, place.kv_head);
+    const TileSource key(&p.key, p.rows_k, work.sequence.keys, batch, p.head_dim);
+    const TileSource value(&p.value, p.rows_k, work.sequence.keys, batch, p.head_dim_v);
+    using KeyTile = typename C::KeyTile;
+    using ValueTile = typename C::ValueTile;
+    const int row = place.first_key;
+    ptx::mbarrier_arrive_expect_tx(
+        barriers.keys_full,
+        key.template bytes<KeyTile, C::keys>(row) + value.template bytes<ValueTile, C::keys>(row));
+    key.template load<KeyTile, C::keys>(base + Smem::key, barriers.keys_full, row, place.kv_head);
+    value.template load<ValueTile, C::keys>(base + Smem::value, barriers.keys_full, row,
+                                            place.kv_head);
   }
 
   /// The next query tile, once the main warpgroups have left its stage.
@@ -223,21 +244,20 @@ struct KeyPassProducer {
     const std::uint32_t base = ptx::shared_address(smem);
     const int row = walk.tile * C::queries;
     const int stage = ring.slot;
-    const std::int64_t statistics = work.sequence.statistics(p, walk.head) + row;
     constexpr int statistic_bytes = C::queries * 4;
     std::uint64_t* full = barriers.query_full + stage;
-    ptx::mbarrier_arrive_expect_tx(full, C::QueryTile::bytes + statistic_bytes);
+    ptx::mbarrier_arrive_expect_tx(
+        full, query.template bytes<typename C::QueryTile, C::queries>(row) + statistic_bytes);
     query.template load<typename C::QueryTile, C::queries>(
         base + Smem::query + stage * C::QueryTile::bytes, full, row, walk.head);
-    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + statistics,
-                   statistic_bytes, full);
+    ptx::bulk_load(base + Smem::lse2 + stage * statistic_bytes, p.lse2 + walk.row, statistic_bytes,
+                   full);
     full = barriers.dout_full + stage;
-    ptx::mbarrier_arrive_expect_tx(full, (p.has_dout ? C::DoutTile::bytes : 0) + statistic_bytes);
-    if (p.has_dout) {
-      dout.template load<typename C::DoutTile, C::queries>(
-          base + Smem::dout + stage * C::DoutTile::bytes, full, row, walk.head);
-    }
-    ptx::bulk_load(base + Smem::softmax_d + stage * statistic_bytes, p.softmax_d + statistics,
+    ptx::mbarrier_arrive_expect_tx(
+        full, dout.template bytes<typename C::DoutTile, C::queries>(row) + statistic_bytes);
+    dout.template load<typename C::DoutTile, C::queries>(
+        base + Smem::dout + stage * C::DoutTile::bytes, full, row, walk.head);
+    ptx::bulk_load(base + Smem::softmax_d + stage * statistic_bytes, p.softmax_d + walk.row,
                    statistic_bytes, full);
     walk.advance();
     ring.advance();
@@ -245,14 +265,37 @@ struct KeyPassProducer {
   }
 };
 
+/// Adds a piece of dQ to the accumulator through one of two buffers in shared memory.
+template <class C, int Registers>
+__device__ __forceinline__ void reduce_by_copy_engine(const float (&dq)[Registers], char* smem,
+                                                      int buffer, float* accumulator) {
+  constexpr int barrier_free = 2, barrier_written = 3;  // named barriers of the third warpgroup
+  using Smem = KeyPassSmem<C>;
+  const int thread = threadIdx.x % 128;
+  char* staged = smem + Smem::reduction + buffer * Smem::reduction_bytes;
+  if (thread == 0) ptx::bulk_wait_read<1>();
+  ptx::named_barrier_sync(barrier_free, 128);
+#pragma unroll
+  for (int j = 0; j < Registers / 4; ++j) {
+    reinterpret_cast<float4*>(staged)[j * 128 + thread] =
+        make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  }
+  ptx::fence_proxy_async_shared();
+  ptx::named_barrier_sync(barrier_written, 128);
+  if (thread == 0) {
+    ptx::bulk_reduce_add(accumulator, ptx::shared_address(staged), Smem::reduction_bytes);
+    ptx::bulk_commit();
+  }
+}
+
 /// dQ of one tile: dS K in pieces of dq_columns, each added to the accumulator when it is complete.
-/// meanwhile() runs before every piece.
-template <class C, class Meanwhile>
+/// release() runs when the last product is.
+template <class C, class Release>
 __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float* accumulator,
-                                                    std::uint64_t* empty,
-                                                    const Meanwhile& meanwhile) {
+                                                    const Release& release) {
   using Smem = KeyPassSmem<C>;
   constexpr int columns = C::Tuning::dq_columns;
+  constexpr int pieces = C::d / columns;
   const int thread = threadIdx.x % 128;
   const std::uint32_t address =
       ptx::shared_address(smem + Smem::score + slot * C::ScoreTile::bytes);
@@ -260,13 +303,12 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
   const std::uint64_t score = by_query ? descriptor::k_major(address)
                                        : descriptor::mn_major(address, C::ScoreTile::slab_bytes);
 #pragma unroll
-  for (int piece = 0; piece < C::d / columns; ++piece) {
+  for (int piece = 0; piece < pieces; ++piece) {
     constexpr int slab = C::KeyTile::slab_bytes;
     const int column = piece * columns;
     const std::uint64_t key = descriptor::mn_major(
         ptx::shared_address(smem + Smem::key + column / 64 * slab + column % 64 * 2), slab);
     float dq[columns / 2];
-    meanwhile();
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::keys / 16; ++k) {
@@ -277,54 +319,59 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    if (piece == C::d / columns - 1) {
-      __syncwarp();
-      if (thread % 32 == 0) ptx::mbarrier_arrive(empty);  // -> wait in store_score_gradients
-    }
+    if (piece == pieces - 1) release();
+    if constexpr (C::Tuning::bulk_reduction) {
+      reduce_by_copy_engine<C>(dq, smem, piece % 2, accumulator + piece * C::queries * columns);
+    } else {
 #pragma unroll
-    for (int j = 0; j < columns / 8; ++j) {
-      ptx::reduce_add(accumulator + ((column / 8 + j) * 128 + thread) * 4, dq[4 * j], dq[4 * j + 1],
-                      dq[4 * j + 2], dq[4 * j + 3]);
+      for (int j = 0; j < columns / 8; ++j) {
+        ptx::reduce_add(accumulator + ((column / 8 + j) * 128 + thread) * 4, dq[4 * j],
+                        dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+      }
     }
   }
 }
 
-/// The dQ warpgroup. Where there is no producer warpgroup its first lane also issues the copies, as
-/// soon as it finds a stage free: while it waits for dS and before every piece of dQ. It never
-/// waits for a stage alone while dS is to be consumed, so neither side can hold up the other.
+/// dK += dS^T Q for the keys of both main warpgroups; issued, not waited for. dS^T is the stored
+/// [query][key] tile read as a transposed operand.
 template <class C>
-__device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
-                                                    const KeyPassWork& work,
-                                                    const KeyPassBarriers<C>& barriers,
-                                                    char* smem) {
-  const bool produces = !C::producer_group && threadIdx.x % 128 == 0;
-  KeyPassProducer<C> producer(p, work, barriers, smem);
-  if (produces) producer.load_keys();
-  const bool wanted = p.dq_accumulator != nullptr;
-  if (!wanted) {
-    while (produces && producer.left > 0) producer.load_tile();
-    return;
+__device__ __forceinline__ void multiply_key_gradients(float (&dk)[2][C::d / 2], char* smem,
+                                                       int stage) {
+  using Smem = KeyPassSmem<C>;
+  const std::uint32_t score = ptx::shared_address(smem + Smem::score + stage * C::ScoreTile::bytes);
+  const std::uint64_t query =
+      descriptor::mn_major(ptx::shared_address(smem + Smem::query + stage * C::QueryTile::bytes),
+                           C::QueryTile::slab_bytes);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    const std::uint64_t a =
+        descriptor::mn_major(score + group * C::ScoreTile::slab_bytes, C::ScoreTile::slab_bytes);
+#pragma unroll
+    for (int k = 0; k < C::queries / 16; ++k) {
+      ptx::wgmma_ss<typename C::T, C::d, ptx::Major::mn, ptx::Major::mn>(
+          dk[group], a + k * descriptor::mn_step, query + k * descriptor::mn_step, 1);
+    }
   }
-  const auto produce = [&] {
-    if (produces) producer.try_load_tile();
-    if (!C::producer_group) __syncwarp();
-  };
-  QueryWalk walk(work);
-  RingPosition<C::stages> ring;
-  for (int i = 0; i < work.iterations; ++i) {
-    const std::int64_t row = work.sequence.statistics(p, walk.head) + walk.tile * C::queries;
-    std::uint64_t* full = barriers.score_full + ring.slot;
-    while (produces && producer.left > 0 && !ptx::mbarrier_test_wait(full, ring.phase)) {
+  ptx::wgmma_commit();
+}
+
+/// Waits until dS of a tile is there. Where there is no producer warpgroup one lane, which
+/// `produces`, issues copies meanwhile, whenever it finds a stage free; it never waits for a stage
+/// alone, so neither side can hold up the other.
+template <class C>
+__device__ __forceinline__ void wait_for_scores(KeyPassProducer<C>& producer, bool produces,
+                                                std::uint64_t* full, std::uint32_t phase) {
+  if constexpr (!C::producer_group) {
+    if (produces) {
       producer.try_load_tile();
+      while (producer.left > 0 && !ptx::mbarrier_test_wait(full, phase)) {
+        producer.try_load_tile();
+      }
     }
     __syncwarp();
-    ptx::mbarrier_wait(full, ring.phase);  // <- publish_score_gradients()
-    if (i == 0) ptx::mbarrier_wait(barriers.keys_full, 0);
-    add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + row * C::d,
-                           barriers.score_empty + ring.slot, produce);
-    walk.advance();
-    ring.advance();
   }
+  ptx::mbarrier_wait(full, phase);  // <- the main warpgroups' publish
 }
 
 }  // namespace sinkattn::hopper

@@ -4,11 +4,12 @@
 
 #include "hopper/kernels/backward_keys.cuh"
 #include "hopper/kernels/backward_keys_main.cuh"
+#include "hopper/kernels/backward_keys_third.cuh"
 #include "hopper/kernels/backward_keys_wide.cuh"
 
 namespace sinkattn::hopper {
 
-/// The visible rows of the block's keys, for masked tiles; and zeros for dO where there is none.
+/// The visible rows of the block's keys, for masked tiles; and zeros where nothing is copied.
 template <class C>
 __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const KeyPassWork& work,
                                               char* smem) {
@@ -23,18 +24,25 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
     const SequencePair& sequence = work.sequence;
     facts->tiles = work.tiles;
     facts->iterations = work.iterations;
-    for (int group = 0; group < 2; ++group) {
-      const int first = work.place.first_key + C::group_key(group);
-      facts->full[group] = full_tiles(p.mask, first, first + C::warpgroup_keys,
-                                      sequence.queries.length, sequence.keys.length);
-    }
+    facts->full = full_tiles(p.mask, work.place.first_key, work.place.first_key + C::keys,
+                             sequence.queries.length, sequence.keys.length);
   }
-  if (p.has_dout) return;
-  auto* dout = reinterpret_cast<uint4*>(smem + Smem::dout);
-  for (int i = threadIdx.x; i < C::stages * C::DoutTile::bytes / 16; i += C::threads) {
-    dout[i] = make_uint4(0, 0, 0, 0);
-  }
+  clear_unused<typename C::KeyTile>(smem + Smem::key, 1, p.head_dim);
+  clear_unused<typename C::ValueTile>(smem + Smem::value, 1, p.head_dim_v);
+  clear_unused<typename C::QueryTile>(smem + Smem::query, C::stages, p.head_dim);
+  clear_unused<typename C::DoutTile>(smem + Smem::dout, C::stages, p.has_dout ? p.head_dim_v : 0);
   ptx::fence_proxy_async_shared();
+}
+
+/// Moves this warpgroup from the registers of the launch to `Count`.
+template <int Count, int Threads>
+__device__ __forceinline__ void set_registers() {
+  constexpr int launched = Threads == 512 ? 128 : 168;
+  if constexpr (Count > launched) {
+    ptx::registers_increase<Count>();
+  } else {
+    ptx::registers_decrease<Count>();
+  }
 }
 
 template <class C>
@@ -58,10 +66,14 @@ __global__ void __launch_bounds__(C::threads, 1)
       while (producer.left > 0) producer.load_tile();
     }
   } else if (group == C::first_main_group - 1) {
-    ptx::registers_decrease<Tuning::dq_registers>();
-    if (work.iterations > 0) query_gradient_role<C>(p, work, barriers, smem);
+    set_registers<Tuning::third_registers, C::threads>();
+    if constexpr (C::third_group_adds_keys) {
+      key_gradient_role<C>(p, work, barriers, smem);
+    } else {
+      query_gradient_role<C>(p, work, barriers, smem);
+    }
   } else {
-    ptx::registers_increase<Tuning::main_registers>();
+    set_registers<Tuning::main_registers, C::threads>();
     typename C::template Main<C>(p, barriers, smem).run();
   }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The main warpgroups of the key pass: 64 keys each, all columns of dK and dV.
+// The main warpgroups of the key pass: 64 keys each, from scores to dS, dV and dK.
 #pragma once
 
 #include "hopper/kernels/backward_keys.cuh"
@@ -15,11 +15,13 @@ struct KeyPassMain {
   using Tuning = typename C::Tuning;
   static constexpr int query_blocks = C::queries / 16;  ///< k16 steps of dV and dK
   static constexpr int score_registers = C::queries / 2;
+  using KeyAccumulator = float[C::third_group_adds_keys ? 1 : C::d / 2];
 
   const BackwardArguments& p;
   const KeyPassBarriers<C>& barriers;
   char* smem;
-  int group, warp, lane, quad;
+  int group;
+  // Kept in registers: reading the thread index again in every tile is slow.
   std::uint32_t statistics;  ///< address of LSE2 of stage 0, moved to this thread's first column
   std::uint32_t score;       ///< address of slot 0 of dS where this thread stores
 
@@ -30,19 +32,19 @@ struct KeyPassMain {
                                          const KeyPassBarriers<C>& barriers_, char* smem_)
       : p(p_), barriers(barriers_), smem(smem_) {
     group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
-    warp = threadIdx.x % 128 / 32;
-    lane = threadIdx.x % 32;
-    quad = lane % 4;
-    // Opaque, so that they are kept and not computed again from the thread index in every tile.
-    statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * quad);
+    const int lane = threadIdx.x % 32;
+    statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * (lane % 4));
     score = opaque(ptx::shared_address(smem + Smem::score + group * C::ScoreTile::slab_bytes) +
-                   swizzled_offset(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
+                   swizzled_offset(lane % 8 + lane / 16 * 8, 2 * warp() + lane / 8 % 2));
   }
+
+  __device__ __forceinline__ static int warp() { return threadIdx.x % 128 / 32; }
 
   /// This warpgroup's 64 rows of a tile, as register operand A.
   template <class Tile, int Blocks>
   __device__ __forceinline__ void load_operand(std::uint32_t (&a)[Blocks][4], int offset) const {
-    const int row = group * C::warpgroup_keys + warp * 16 + lane % 16;
+    const int lane = threadIdx.x % 32;
+    const int row = group * C::warpgroup_keys + warp() * 16 + lane % 16;
     const std::uint32_t base = ptx::shared_address(smem + offset);
 #pragma unroll
     for (int k = 0; k < Blocks; ++k) {
@@ -105,6 +107,27 @@ struct KeyPassMain {
     }
   }
 
+  /// The products that end a tile, dV and (unless the third group forms it) dK, around the
+  /// hand-over of dS to the third group.
+  __device__ __forceinline__ void finish_tile(KeyAccumulator& dk, float (&dv)[C::dv / 2],
+                                              const std::uint32_t (&pa)[query_blocks][4],
+                                              const std::uint32_t (&dsa)[query_blocks][4],
+                                              const RingPosition<C::stages>& ring) const {
+    const int stage = ring.slot;
+    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
+    if (hands_over()) publish_score_gradients(ring);
+    if constexpr (!C::third_group_adds_keys) {
+      ptx::wgmma_fence();
+      multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
+    }
+    ptx::wgmma_commit();
+  }
+
+  /// Whether the third group wants dS.
+  __device__ __forceinline__ bool hands_over() const {
+    return C::third_group_adds_keys || p.dq_accumulator != nullptr;
+  }
+
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
   __device__ __forceinline__ void store_score_gradients(const std::uint32_t (&ds)[query_blocks][4],
                                                         const RingPosition<C::stages>& ring) const {
@@ -122,12 +145,13 @@ struct KeyPassMain {
       const RingPosition<C::stages>& ring) const {
     ptx::fence_proxy_async_shared();
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
+    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
   }
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    if (ptx::elect_one())
+      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
   using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window>;
@@ -145,7 +169,8 @@ struct KeyPassMain {
                                        std::uint32_t (&dsa)[query_blocks][4], int tile) const {
     const auto* all = reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals);
     const std::uint32_t visible = visible_registers<score_registers>(
-        all + C::group_key(group) + warp * 16 + lane / 4, tile * C::queries, quad);
+        all + C::group_key(group) + warp() * 16 + threadIdx.x % 32 / 4, tile * C::queries,
+        threadIdx.x % 4);
     keep_visible(pa, visible);
     keep_visible(dsa, visible);
   }
@@ -156,20 +181,18 @@ struct KeyPassMain {
 
   /// The walk over query tiles.
   struct Position {
-    TileRange tiles, full;
     int left;  ///< tiles that follow
     int tile;
     RingPosition<C::stages> ring;
 
-    __device__ __forceinline__ Position(const BlockFacts& facts, int group)
-        : tiles(facts.tiles),
-          full(facts.full[group]),
-          left(facts.iterations - 1),
-          tile(facts.tiles.begin) {}
+    __device__ __forceinline__ explicit Position(const BlockFacts& facts)
+        : left(facts.iterations - 1), tile(facts.tiles.begin) {}
 
-    __device__ __forceinline__ bool masked() const { return tile < full.begin || tile >= full.end; }
+    __device__ __forceinline__ bool masked(const TileRange& full) const {
+      return tile < full.begin || tile >= full.end;
+    }
 
-    __device__ __forceinline__ void advance() {
+    __device__ __forceinline__ void advance(const TileRange& tiles) {
       ring.advance();
       if (++tile == tiles.end) tile = tiles.begin;
     }
@@ -179,42 +202,45 @@ struct KeyPassMain {
   /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
   /// flight. `previous`: the stage of the last tile, negative before the first.
   __device__ __forceinline__ void step_ahead(float (&s)[score_registers], Statistics& lse,
-                                             float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
+                                             KeyAccumulator& dk, float (&dv)[C::dv / 2],
                                              Position& at, int& previous) const {
     float dp[score_registers];
     std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
     const int stage = at.ring.slot;
     const RingPosition<C::stages> ring = at.ring;
-    issue_dout(dp, stage, at.ring.phase);
+    if constexpr (Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
     probabilities(s, p, lse);
-    Statistics d = softmax_d(stage);
-    ptx::wgmma_wait<1>();  // dV, dK of the previous tile
+    hold_wait_below(s);
+    ptx::wgmma_wait<Tuning::dout_ahead ? 1 : 0>();  // dV, dK of the previous tile
     if (previous >= 0) release(previous);
     pack_operand<T>(pa, s);
+    if constexpr (!Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
+    Statistics d = softmax_d(stage);
+    const TileRange tiles = facts().tiles, full = facts().full;
     ptx::wgmma_wait<0>();  // dP
-    score_gradients(dp, s, d);
+    if constexpr (Tuning::dout_ahead) {
+      score_gradients(dp, s, d);
+    } else {
+      score_gradients<T>(dp, pa, d);
+    }
     pack_operand<T>(dsa, dp);
-    if (at.masked()) mask(pa, dsa, at.tile);
-    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
+    if (at.masked(full)) mask(pa, dsa, at.tile);
+    if (hands_over()) store_score_gradients(dsa, ring);
     previous = stage;
-    at.advance();
+    at.advance(tiles);
     // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
     if (at.left-- > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
     ptx::wgmma_fence();
     multiply_scores(s, at.ring.slot);
     ptx::wgmma_commit();
-    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
-    if (p.dq_accumulator != nullptr) publish_score_gradients(ring);
-    ptx::wgmma_fence();
-    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
-    ptx::wgmma_commit();
+    finish_tile(dk, dv, pa, dsa, ring);
     lse = lse2(at.ring.slot);
     ptx::wgmma_wait<1>();  // S of the next tile
   }
 
-  __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
+  __device__ __forceinline__ void run_ahead(KeyAccumulator& dk, float (&dv)[C::dv / 2]) const {
     float s[score_registers];
-    Position at(facts(), group);
+    Position at(facts());
     int previous = -1;
     ptx::mbarrier_wait(barriers.query_full, 0);
     ptx::wgmma_fence();
@@ -237,14 +263,14 @@ struct KeyPassMain {
       capped_probabilities<T>(s, pa, wa, p, lse);
     } else {
       probabilities(s, p, lse);
+      hold_wait_below(s);
       pack_operand<T>(pa, s);
     }
   }
 
-  /// One tile after the other; the other main warpgroup fills the gaps.
-  __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
-                                               float (&dv)[C::dv / 2]) const {
-    Position at(facts(), group);
+  /// One tile after the other; the other warpgroups fill the gaps.
+  __device__ __forceinline__ void run_in_order(KeyAccumulator& dk, float (&dv)[C::dv / 2]) const {
+    Position at(facts());
     do {
       float s[score_registers], dp[score_registers];
       std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
@@ -260,30 +286,28 @@ struct KeyPassMain {
       weights(pa, wa, s, lse);
       if constexpr (C::softcap) issue_dout(dp, stage, at.ring.phase);
       Statistics d = softmax_d(stage);
+      const TileRange tiles = facts().tiles, full = facts().full;
       ptx::wgmma_wait<0>();  // dP
       score_gradients<T>(dp, C::softcap ? wa : pa, d);
       pack_operand<T>(dsa, dp);
-      if (at.masked()) mask(pa, dsa, at.tile);
-      if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.ring);
+      if (at.masked(full)) mask(pa, dsa, at.tile);
+      if (hands_over()) store_score_gradients(dsa, at.ring);
       ptx::wgmma_fence();
-      multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
-      if (p.dq_accumulator != nullptr) publish_score_gradients(at.ring);
-      ptx::wgmma_fence();
-      multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
-      ptx::wgmma_commit();
-      // Their operands are the registers that S and dP of the next tile need.
+      finish_tile(dk, dv, pa, dsa, at.ring);
       ptx::wgmma_wait<0>();
       release(stage);
-      at.advance();
+      at.advance(tiles);
     } while (at.left-- > 0);
   }
 
   __device__ __forceinline__ void run() {
     if (facts().iterations == 0) return store_zero_gradients<C>(p);
     ptx::mbarrier_wait(barriers.keys_full, 0);
-    float dk[C::d / 2], dv[C::dv / 2];
+    KeyAccumulator dk;
+    float dv[C::dv / 2];
+    constexpr int key_registers = sizeof(dk) / sizeof(float);
 #pragma unroll
-    for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
+    for (int i = 0; i < key_registers; ++i) dk[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
     if constexpr (C::key_in_registers) load_operand<typename C::KeyTile>(key_operand, Smem::key);
@@ -296,12 +320,12 @@ struct KeyPassMain {
       run_in_order(dk, dv);
     }
     // Where the block lies is computed again: the loop has no registers to keep it.
-    const unsigned thread = opaque(threadIdx.x) % 128;
-    const int first =
-        C::group_key(static_cast<int>(opaque(threadIdx.x)) / 128 - C::first_main_group);
-    const KeyGradientStore<C> to(p, KeyPassPlace(p, opaque(blockIdx.x), C::keys), first, thread);
+    const unsigned thread = opaque(threadIdx.x);
+    const int first = C::group_key(static_cast<int>(thread) / 128 - C::first_main_group);
+    const KeyPassPlace place(p, opaque(blockIdx.x), C::keys);
+    const KeyGradientStore<C> to(p, place, first, thread % 128);
     to.value_columns(dv, 0);
-    to.key_columns(dk, 0);
+    if constexpr (!C::third_group_adds_keys) to.key_columns(dk, 0);
   }
 };
 

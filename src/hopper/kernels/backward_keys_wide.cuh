@@ -50,8 +50,9 @@ struct WideKeyPassMain {
                                              const KeyPassBarriers<C>& barriers_, char* smem_)
       : p(p_), barriers(barriers_), smem(smem_) {
     group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
-    warp = threadIdx.x % 128 / 32;
-    lane = threadIdx.x % 32;
+    // Opaque, so that they are kept: reading the thread index again in every tile is slow.
+    warp = static_cast<int>(opaque(threadIdx.x % 128 / 32));
+    lane = static_cast<int>(opaque(threadIdx.x % 32));
     quad = lane % 4;
   }
 
@@ -144,6 +145,7 @@ struct WideKeyPassMain {
       score_gradients<T>(dp, w, softmax_d);
     } else {
       probabilities(s, p, lse2);
+      hold_wait_below(s);
       ptx::wgmma_wait<0>();  // dP
       score_gradients(dp, s, softmax_d);
       pack_operand<T>(pa, s);
@@ -164,8 +166,8 @@ struct WideKeyPassMain {
     store_scores(dsa, Smem::score + ring.slot * C::ScoreTile::bytes);
     ptx::fence_proxy_async_shared();
     __syncwarp();
-    if (lane == 0 && p.dq_accumulator != nullptr) {
-      ptx::mbarrier_arrive(barriers.score_full + ring.slot);
+    if (p.dq_accumulator != nullptr) {
+      if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
     }
     ptx::named_barrier_sync(barrier_mains, 256);
   }
@@ -176,7 +178,7 @@ struct WideKeyPassMain {
     RingPosition<C::stages> ring;
     const int iterations = facts().iterations;
     const TileRange tiles = facts().tiles;
-    const TileRange full = facts().full[group];
+    const TileRange full = facts().full;
     int tile = tiles.begin;
     int previous = 0;
     int i = 0;
@@ -212,7 +214,8 @@ struct WideKeyPassMain {
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    if (ptx::elect_one())
+      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
   template <int Columns>
@@ -262,6 +265,7 @@ struct WideKeyPass {
   using ScoreTile = Tile<keys, queries>;  ///< P and dS as [key][query]
   static constexpr ptx::Major score_major = ptx::Major::mn;
   static constexpr int probability_bytes = ScoreTile::bytes;
+  static constexpr bool third_group_adds_keys = false;
   template <class C>
   using Main = WideKeyPassMain<C>;
 

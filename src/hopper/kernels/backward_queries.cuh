@@ -41,7 +41,8 @@ struct QueryPassSmem {
   static constexpr int key = dout + C::DoutTile::bytes;
   static constexpr int value = key + C::stages * C::KeyTile::bytes;
   static constexpr int intervals = value + C::stages * C::ValueTile::bytes;
-  static constexpr int barriers = intervals + C::queries * 8;
+  static constexpr int facts = intervals + C::queries * 8;
+  static constexpr int barriers = facts + 64;
   static constexpr int bytes = barriers + 8 * (1 + 3 * C::stages);
   static constexpr int allocated = bytes + 1024;  ///< dynamic memory is aligned by hand
   static_assert(key % 1024 == 0 && value % 1024 == 0 && barriers % 8 == 0);
@@ -78,6 +79,10 @@ struct QueryPassWork {
   SequencePair sequence;
   int head, first_row, first_tile, end_tile;
 
+  __device__ QueryPassWork(const BackwardArguments& p, unsigned block, int queries, int keys)
+      : QueryPassWork(p, place_block(block, p.batch * p.heads_q, p.tiles, p.section), queries,
+                      keys) {}
+
   __device__ QueryPassWork(const BackwardArguments& p, const BlockPlace& place, int queries,
                            int keys)
       : sequence(p, place.pair / p.heads_q) {
@@ -98,6 +103,24 @@ struct QueryPassWork {
   }
 };
 
+/// What the main warpgroups need of the block, in shared memory: computing it takes more registers
+/// than they have.
+struct alignas(16) QueryPassFacts {
+  TileRange tiles;    ///< key tiles
+  TileRange full[2];  ///< of them, those that need no mask for the rows of each main warpgroup
+};
+static_assert(sizeof(QueryPassFacts) <= 64);
+
+/// Key tiles [begin, end) that rows [first, last] of a sequence see as a whole.
+__device__ inline TileRange full_key_tiles(const Mask& mask, std::int64_t first, std::int64_t last,
+                                           std::int64_t sq, std::int64_t sk, int keys) {
+  if (last >= sq) last = sq - 1;
+  if (first > last) return {0, 0x7fffffff};  // rows past the sequence: their P is 0
+  const std::int64_t begin = visible_keys(mask, last, sq, sk).begin;
+  const std::int64_t end = visible_keys(mask, first, sq, sk).end;
+  return {static_cast<int>((begin + keys - 1) / keys), static_cast<int>(end / keys)};
+}
+
 /// Issues the copies of a block; one lane.
 template <class C>
 __device__ __forceinline__ void query_pass_producer(const BackwardArguments& p,
@@ -107,28 +130,34 @@ __device__ __forceinline__ void query_pass_producer(const BackwardArguments& p,
   using Smem = QueryPassSmem<C>;
   const std::uint32_t base = ptx::shared_address(smem);
   const int b = work.sequence.b;
-  const SequenceInfo& queries = work.sequence.queries;
+  const int batch_q = p.packed_q ? 0 : b;
+  const int batch_k = p.packed_k ? 0 : b;
+  const TileSource query(&p.query, p.rows_q, work.sequence.queries, batch_q, p.head_dim);
+  const TileSource dout(&p.dout, p.rows_q, work.sequence.queries, batch_q,
+                        p.has_dout ? p.head_dim_v : 0);
+  const TileSource key(&p.key, p.rows_k, work.sequence.keys, batch_k, p.head_dim);
+  const TileSource value(&p.value, p.rows_k, work.sequence.keys, batch_k, p.head_dim_v);
+  using QueryTile = typename C::QueryTile;
+  using DoutTile = typename C::DoutTile;
+  constexpr int box = backward_tile_queries;
   ptx::mbarrier_arrive_expect_tx(barriers.queries_full,
-                                 C::QueryTile::bytes + (p.has_dout ? C::DoutTile::bytes : 0));
-  TileSource(&p.query, p.rows_q, queries, p.packed_q ? 0 : b)
-      .template load<typename C::QueryTile, backward_tile_queries>(
-          base + Smem::query, barriers.queries_full, work.first_row, work.head);
-  if (p.has_dout) {
-    TileSource(&p.dout, p.rows_q, queries, p.packed_q ? 0 : b)
-        .template load<typename C::DoutTile, backward_tile_queries>(
-            base + Smem::dout, barriers.queries_full, work.first_row, work.head);
-  }
-  const TileSource key(&p.key, p.rows_k, work.sequence.keys, p.packed_k ? 0 : b);
-  const TileSource value(&p.value, p.rows_k, work.sequence.keys, p.packed_k ? 0 : b);
+                                 query.template bytes<QueryTile, box>(work.first_row) +
+                                     dout.template bytes<DoutTile, box>(work.first_row));
+  query.template load<QueryTile, box>(base + Smem::query, barriers.queries_full, work.first_row,
+                                      work.head);
+  dout.template load<DoutTile, box>(base + Smem::dout, barriers.queries_full, work.first_row,
+                                    work.head);
   const int kv_head = work.head / p.group;
   RingPosition<C::stages> ring;
   for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
     ptx::mbarrier_wait(barriers.stage_empty + ring.slot, ring.phase ^ 1);  // <- release()
-    ptx::mbarrier_arrive_expect_tx(barriers.key_full + ring.slot, C::KeyTile::bytes);
+    ptx::mbarrier_arrive_expect_tx(barriers.key_full + ring.slot,
+                                   key.template bytes<typename C::KeyTile, C::keys>(0));
     key.template load<typename C::KeyTile, C::keys>(
         base + Smem::key + ring.slot * C::KeyTile::bytes, barriers.key_full + ring.slot,
         tile * C::keys, kv_head);
-    ptx::mbarrier_arrive_expect_tx(barriers.value_full + ring.slot, C::ValueTile::bytes);
+    ptx::mbarrier_arrive_expect_tx(barriers.value_full + ring.slot,
+                                   value.template bytes<typename C::ValueTile, C::keys>(0));
     value.template load<typename C::ValueTile, C::keys>(
         base + Smem::value + ring.slot * C::ValueTile::bytes, barriers.value_full + ring.slot,
         tile * C::keys, kv_head);
@@ -145,14 +174,13 @@ struct QueryPassMain {
   static constexpr int key_blocks = C::keys / 16;  ///< k16 steps of dQ
 
   const BackwardArguments& p;
-  const QueryPassWork& work;
   const QueryPassBarriers<C>& barriers;
   char* smem;
   int group, warp, lane, quad, row;  ///< row: this thread's first row in the tile; the other is + 8
 
-  __device__ __forceinline__ QueryPassMain(const BackwardArguments& p_, const QueryPassWork& work_,
+  __device__ __forceinline__ QueryPassMain(const BackwardArguments& p_,
                                            const QueryPassBarriers<C>& barriers_, char* smem_)
-      : p(p_), work(work_), barriers(barriers_), smem(smem_) {
+      : p(p_), barriers(barriers_), smem(smem_) {
     group = static_cast<int>(threadIdx.x) / 128 - 1;
     warp = threadIdx.x % 128 / 32;
     lane = threadIdx.x % 32;
@@ -189,24 +217,18 @@ struct QueryPassMain {
 
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> producer
+    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> producer
+  }
+
+  __device__ __forceinline__ const QueryPassFacts& facts() const {
+    return *reinterpret_cast<const QueryPassFacts*>(smem + Smem::facts);
   }
 
   /// A statistic of this thread's two rows.
-  __device__ __forceinline__ RowStatistics statistics(const float* values) const {
+  __device__ __forceinline__ RowStatistics statistics(const QueryPassWork& work,
+                                                      const float* values) const {
     const float* mine = values + work.sequence.statistics(p, work.head) + work.first_row + row;
     return {mine[0], mine[8]};
-  }
-
-  /// True where every row of this warpgroup sees all keys of the tile.
-  __device__ __forceinline__ bool all_visible(int tile) const {
-    const auto* all = reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals);
-    const std::int64_t left = work.sequence.queries.length - work.first_row;
-    const int first = group * C::warpgroup_queries;
-    const int last = min(first + C::warpgroup_queries, static_cast<int>(left)) - 1;
-    if (last < first) return true;  // rows past the sequence: their P is 0
-    return all[last].begin <= tile * C::keys &&
-           (tile + 1) * C::keys <= all[first].begin + static_cast<int>(all[first].size);
   }
 
   /// dS of a tile as operand A. With softcap `w` is P times the derivative of the cap.
@@ -221,18 +243,21 @@ struct QueryPassMain {
       score_gradients<T>(dp, w, softmax_d);
     } else {
       probabilities(s, p, lse2);
+      // Where more registers are in flight ptxas serialises the products around the branch.
+      if constexpr (C::d <= 96) hold_wait_below(s);
       ptx::wgmma_wait<0>();  // dP
       score_gradients(dp, s, softmax_d);
     }
     pack_operand<T>(dsa, dp);
   }
 
-  __device__ __forceinline__ void run_tiles(float (&dq)[C::d / 2]) const {
-    RowStatistics lse2 = statistics(p.lse2);
-    RowStatistics softmax_d = statistics(p.softmax_d);
+  __device__ __forceinline__ void run_tiles(float (&dq)[C::d / 2], RowStatistics& lse2,
+                                            RowStatistics& softmax_d) const {
+    const TileRange full = facts().full[group];
+    const int end = facts().tiles.end;
     RingPosition<C::stages> ring;
-    int previous = 0;
-    int tile = work.first_tile;
+    int previous = -1;
+    int tile = facts().tiles.begin;
     do {
       float s[score_registers], dp[score_registers];
       std::uint32_t dsa[key_blocks][4];
@@ -246,9 +271,9 @@ struct QueryPassMain {
       multiply_rows<typename C::DoutTile, typename C::ValueTile>(
           dp, Smem::dout, Smem::value + stage * C::ValueTile::bytes);
       ptx::wgmma_wait<1>();  // S, and dQ of the previous tile
-      if (C::overlap && tile != work.first_tile) release(previous);
+      if (C::overlap && previous >= 0) release(previous);
       gradients(dsa, s, dp, lse2, softmax_d);
-      if (!all_visible(tile)) {
+      if (tile < full.begin || tile >= full.end) {
         keep_visible(dsa,
                      visible_registers<score_registers>(
                          reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals) + row,
@@ -262,11 +287,12 @@ struct QueryPassMain {
       }
       previous = stage;
       ring.advance();
-    } while (++tile < work.end_tile);
+    } while (++tile < end);
     if constexpr (C::overlap) ptx::wgmma_wait<0>();
   }
 
-  __device__ __forceinline__ void store(const float (&dq)[C::d / 2]) const {
+  __device__ __forceinline__ void store(const QueryPassWork& work,
+                                        const float (&dq)[C::d / 2]) const {
     const std::int64_t batch = p.packed_q ? 0 : work.sequence.b;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -287,37 +313,57 @@ struct QueryPassMain {
     float dq[C::d / 2];
 #pragma unroll
     for (int i = 0; i < C::d / 2; ++i) dq[i] = 0.0f;
-    if (work.first_tile < work.end_tile) {
+    if (facts().tiles.begin < facts().tiles.end) {
+      const QueryPassWork work(p, opaque(blockIdx.x), C::queries, C::keys);
+      RowStatistics lse2 = statistics(work, p.lse2);
+      RowStatistics softmax_d = statistics(work, p.softmax_d);
       ptx::mbarrier_wait(barriers.queries_full, 0);
-      run_tiles(dq);
+      run_tiles(dq, lse2, softmax_d);
     }
-    store(dq);
+    // Computed again: the loop has no registers to keep it.
+    store(QueryPassWork(p, opaque(blockIdx.x), C::queries, C::keys), dq);
   }
 };
+
+/// Visible keys of the block's rows and zeros where nothing is copied.
+template <class C>
+__device__ __forceinline__ void prepare_query_block(const BackwardArguments& p,
+                                                    const QueryPassWork& work, char* smem) {
+  using Smem = QueryPassSmem<C>;
+  const std::int64_t sq = work.sequence.queries.length;
+  const std::int64_t sk = work.sequence.keys.length;
+  if (threadIdx.x < C::queries) {
+    reinterpret_cast<VisibleInterval*>(smem + Smem::intervals)[threadIdx.x] =
+        keys_of_query(p.mask, work.first_row + static_cast<int>(threadIdx.x), sq, sk);
+  }
+  if (threadIdx.x == 0) {
+    auto* facts = reinterpret_cast<QueryPassFacts*>(smem + Smem::facts);
+    facts->tiles = {work.first_tile, work.end_tile};
+    for (int group = 0; group < 2; ++group) {
+      const int first = work.first_row + group * C::warpgroup_queries;
+      facts->full[group] =
+          full_key_tiles(p.mask, first, first + C::warpgroup_queries - 1, sq, sk, C::keys);
+    }
+  }
+  // Of a tile that reaches past the sequence the second box is not copied.
+  const int rows = sq - work.first_row > backward_tile_queries ? C::queries : backward_tile_queries;
+  clear_unused<typename C::QueryTile>(smem + Smem::query, 1, p.head_dim, rows);
+  clear_unused<typename C::DoutTile>(smem + Smem::dout, 1, p.has_dout ? p.head_dim_v : 0, rows);
+  clear_unused<typename C::KeyTile>(smem + Smem::key, C::stages, p.head_dim);
+  clear_unused<typename C::ValueTile>(smem + Smem::value, C::stages, p.head_dim_v);
+  ptx::fence_proxy_async_shared();
+}
 
 template <class C>
 __global__ void __launch_bounds__(C::threads, 1)
     backward_queries_kernel(const __grid_constant__ BackwardArguments p) {
-  using Smem = QueryPassSmem<C>;
   extern __shared__ char unaligned[];
   char* smem = unaligned + (1024 - ptx::shared_address(unaligned) % 1024) % 1024;
-  const BlockPlace place = place_block(blockIdx.x, p.batch * p.heads_q, p.tiles, p.section);
-  const QueryPassWork work(p, place, C::queries, C::keys);
+  const QueryPassWork work(p, blockIdx.x, C::queries, C::keys);
   if (work.first_row >= work.sequence.queries.length) return;
   const QueryPassBarriers<C> barriers(smem);
   if (threadIdx.x == 0) barriers.init();
-  if (threadIdx.x < C::queries) {
-    reinterpret_cast<VisibleInterval*>(smem + Smem::intervals)[threadIdx.x] =
-        keys_of_query(p.mask, work.first_row + static_cast<int>(threadIdx.x),
-                      work.sequence.queries.length, work.sequence.keys.length);
-  }
-  if (!p.has_dout) {
-    auto* dout = reinterpret_cast<uint4*>(smem + Smem::dout);
-    for (int i = threadIdx.x; i < C::DoutTile::bytes / 16; i += C::threads) {
-      dout[i] = make_uint4(0, 0, 0, 0);
-    }
-    ptx::fence_proxy_async_shared();
-  }
+  prepare_query_block<C>(p, work, smem);
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::registers_decrease<C::producer_registers>();
@@ -326,7 +372,7 @@ __global__ void __launch_bounds__(C::threads, 1)
     }
   } else {
     ptx::registers_increase<C::main_registers>();
-    QueryPassMain<C>(p, work, barriers, smem).run();
+    QueryPassMain<C>(p, barriers, smem).run();
   }
 }
 

@@ -44,7 +44,7 @@ std::int64_t units(const ForwardProblem& p, const DecodeLaunch& launch) {
 }
 
 DecodeTuning tuning_of(const DecodeLaunch& launch) {
-  return decode_tuning(launch.columns, launch.columns_v, launch.rows / 16, launch.cluster > 1);
+  return decode_tuning(launch.columns, launch.columns_v, launch.rows / 16);
 }
 
 /// Compiled pair of head dims, packed rows of a block, row tiles.
@@ -81,7 +81,7 @@ Status set_grid(const ForwardProblem& p, std::int64_t grid, DecodeLaunch* launch
   const DecodeTuning tuning = tuning_of(*launch);
   launch->tile_keys = tuning.warps * tuning.keys;
   launch->grid = static_cast<int>(grid);
-  if (launch->splits == 1 || launch->cluster > 1) return {};
+  if (launch->splits == 1) return {};
   // Balanced, a block begins one row tile that others continue, and continues one.
   launch->slots = launch->splits == 0 ? 2 * grid : grid;
   launch->cuts = static_cast<int>(launch->splits == 0 ? grid : units(p, *launch));
@@ -95,15 +95,12 @@ Status set_grid(const ForwardProblem& p, std::int64_t grid, DecodeLaunch* launch
 template <int Columns, int ColumnsV, bool Bf16>
 Status launch_instance(const DecodeParams& params, const DecodeLaunch& launch,
                        cudaStream_t stream) {
-  if (launch.cluster > 1) {
-    return launch_decode_instance<Columns, ColumnsV, 1, true, Bf16>(params, launch.grid, stream);
-  }
   if constexpr (Columns <= 128) {
     if (launch.rows == 32) {
-      return launch_decode_instance<Columns, ColumnsV, 2, false, Bf16>(params, launch.grid, stream);
+      return launch_decode_instance<Columns, ColumnsV, 2, Bf16>(params, launch.grid, stream);
     }
   }
-  return launch_decode_instance<Columns, ColumnsV, 1, false, Bf16>(params, launch.grid, stream);
+  return launch_decode_instance<Columns, ColumnsV, 1, Bf16>(params, launch.grid, stream);
 }
 
 template <bool Bf16>
@@ -142,6 +139,7 @@ Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch, const D
   merge.partial_out = params.partial_out;
   merge.partial_lse = params.partial_lse;
   merge.cuts = params.cuts;
+  merge.splits = launch.splits;
   merge.tile_rows = launch.rows;
   merge.columns = launch.columns_v;
   merge.group = params.group;
@@ -165,24 +163,22 @@ Status make_decode_launch(const ForwardProblem& p, int sm_count, DecodeLaunch* l
   SINKATTN_RETURN_IF_ERROR(choose_instance(p, launch));
   const std::int64_t range = longest_range(p, std::min<std::int64_t>(packed_rows(p), launch->rows));
   const std::int64_t sms = std::max(1, sm_count - p.sm_margin);
+  const std::int64_t resident = sms * tuning_of(*launch).blocks;
   launch->splits = p.num_splits;
   if (p.num_splits == 0) {
-    const bool one_sequence = p.batch == 1 && launch->rows == 16 && p.sm_margin == 0;
-    const int cluster = decode_cluster(sm_count);
     if (range <= decode_unsplit_keys || launch->row_tiles > decode_balanced_row_tiles) {
       launch->splits = 1;
-    } else if (one_sequence && units(p, *launch) * cluster >= decode_cluster_blocks) {
-      launch->splits = launch->cluster = cluster;
+    } else if (p.batch == 1) {  // nothing to balance
+      launch->splits = static_cast<int>(std::clamp<std::int64_t>(
+          resident / std::max<std::int64_t>(1, units(p, *launch)), 1, decode_max_pieces));
     }
   }
-  const std::int64_t resident = sms * tuning_of(*launch).blocks;
   return set_grid(p, launch->splits == 0 ? resident : launch->splits * units(p, *launch), launch);
 }
 
 Status restore_decode_launch(const ForwardProblem& p, const Plan& plan, DecodeLaunch* launch) {
   SINKATTN_RETURN_IF_ERROR(choose_instance(p, launch));
   launch->splits = plan.num_splits;
-  launch->cluster = plan.cluster;
   return set_grid(p, plan.grid, launch);
 }
 
@@ -217,8 +213,7 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.by_group = FastDivisor(static_cast<std::uint32_t>(p.group));
   params.row_tiles = launch.row_tiles;
   params.splits = launch.splits;
-  params.cluster = launch.cluster;
-  params.min_tiles = decode_min_tiles;
+  params.min_tiles = p.num_splits == 0 ? decode_min_tiles : 1;
   params.partial_out = reinterpret_cast<float*>(memory);
   params.partial_lse = reinterpret_cast<float*>(memory + launch.lse_offset);
   params.cuts =

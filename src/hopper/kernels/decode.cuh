@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "hopper/core/decode_cluster.cuh"
 #include "hopper/core/decode_merge.cuh"
 #include "hopper/core/decode_rows.cuh"
 #include "hopper/core/decode_stream.cuh"
@@ -27,11 +26,10 @@
 
 namespace sinkattn::hopper {
 
-template <int ColumnsK, int ColumnsV_, int RowTiles_, bool Cluster_, bool Bf16>
+template <int ColumnsK, int ColumnsV_, int RowTiles_, bool Bf16>
 struct DecodeConfig {
   using Element = std::conditional_t<Bf16, __nv_bfloat16, __half>;
-  static constexpr DecodeTuning tuning = decode_tuning(ColumnsK, ColumnsV_, RowTiles_, Cluster_);
-  static constexpr bool Cluster = Cluster_;
+  static constexpr DecodeTuning tuning = decode_tuning(ColumnsK, ColumnsV_, RowTiles_);
   static constexpr int Columns = ColumnsK, ColumnsV = ColumnsV_, RowTiles = RowTiles_;
   static constexpr int rows = 16 * RowTiles;
   static constexpr int keys = tuning.keys;
@@ -42,24 +40,26 @@ struct DecodeConfig {
   using Rows = DecodeRows<Element, RowTiles, Columns, ColumnsV, keys>;
   using Work = DecodeWork<rows, tile_keys, warps>;
   using Results = WarpResults<warps, rows, ColumnsV>;
-  using Result = BlockResult<rows, ColumnsV>;
 };
 
-/// Shared memory of a block. The rings are idle when the results of the warps take their place; the
-/// result of the block, for the cluster, lies behind those.
+/// Shared memory of a block. Where there is room the results of the warps have a place of their own:
+/// then the rings fill for the next piece while the last one is finished. Else they lie in the rings.
 template <class C>
 struct DecodeSmem {
-  static constexpr int round_up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+  static constexpr int per_block = 228 * 1024 / C::tuning.blocks - 1024;
+  static constexpr int most = per_block < 227 * 1024 ? per_block : 227 * 1024;
   static constexpr int rings = C::warps * C::Stream::ring_bytes;
-  static constexpr int result = round_up(sizeof(typename C::Results));
-  static constexpr int results =
-      C::Cluster ? result + round_up(sizeof(typename C::Result)) : result;
-  static constexpr int query = rings > results ? rings : results;
-  static constexpr int work = query + C::Rows::QueryTile::bytes;
-  static constexpr int bytes = work + 512;
-  static_assert(sizeof(typename C::Work) <= 512);
-  static_assert(bytes <= 227 * 1024);
-  static_assert(C::tuning.blocks * (bytes + 1024) <= 228 * 1024, "resident blocks as planned");
+  static constexpr int results = (int{sizeof(typename C::Results)} + 1023) / 1024 * 1024;
+  static constexpr int query = C::Rows::QueryTile::bytes;
+  static constexpr int work = 512;
+  static constexpr bool overlap = rings + results + query + work <= most;
+  static constexpr int results_at = overlap ? rings : 0;
+  static constexpr int query_at =
+      overlap ? rings + results : (rings > results ? rings : results);
+  static constexpr int work_at = query_at + query;
+  static constexpr int bytes = work_at + work;
+  static_assert(sizeof(typename C::Work) <= work);
+  static_assert(bytes <= most, "resident blocks as planned");
 };
 
 /// Starts the copies of the query tile; rows past the last are zeros.
@@ -69,6 +69,7 @@ __device__ void copy_query(const DecodeParams& p, const typename C::Work::Sequen
   using Tile = typename C::Rows::QueryTile;
   constexpr int chunks = C::Columns / 8;
   const char* base = static_cast<const char*>(p.query.data);
+#pragma unroll 1
   for (int item = threadIdx.x; item < C::rows * chunks; item += C::threads) {
     const int row = item / chunks;
     const int chunk = item % chunks;
@@ -95,15 +96,14 @@ __device__ Range limit_rows(const DecodeParams& p, const typename C::Work::Seque
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = 16 * m + 8 * r + g;
-      const Range keys = sequence.keys_of(p, first_row + row, first_row + row);
+      const Range keys = sequence.keys_of_row(p, first_row + row);
       const bool valid = row < valid_rows;
       state.limits[m].begin[r] = valid ? static_cast<int>(keys.begin) : 0;
       state.limits[m].end[r] = valid ? min(static_cast<int>(keys.end), piece.key_end) : 0;
     }
   }
-  const int last = first_row + valid_rows - 1;
-  const Range low = sequence.keys_of(p, first_row, first_row);
-  const Range high = sequence.keys_of(p, last, last);
+  const Range low = sequence.keys_of_row(p, first_row);
+  const Range high = sequence.keys_of_row(p, first_row + valid_rows - 1);
   return {high.begin, min(low.end, static_cast<std::int64_t>(piece.key_end))};
 }
 
@@ -115,14 +115,13 @@ __device__ void stream_keys(const DecodeParams& p, const Range& inside, typename
   const int high = static_cast<int>(inside.end);
   int slot = 0;
   for (int key = first; key < end; key += C::tile_keys) {
-    stream.wait();  // for the copies that refill() or fill() committed Slots steps ago
+    stream.wait();  // for the copies that start() or refill() committed Slots steps ago
     const std::uint32_t at = stream.slot_address(slot);
     state.attend(p, at, at + C::Stream::KeyTile::bytes, key, key >= low && key + C::keys <= high);
     __syncwarp();  // all lanes have read the slot
-    stream.refill(slot);
+    stream.refill(p, slot);
     slot = slot + 1 == C::tuning.slots ? 0 : slot + 1;
   }
-  ptx::copy_async_wait<0>();
 }
 
 /// The warp's result to shared memory; the row sum is completed over the four lanes of a row.
@@ -152,86 +151,94 @@ __device__ void store_results(typename C::Rows& state, typename C::Results& resu
   }
 }
 
-/// Merge of the warps; then the row ends here, in the cluster, or as a piece in the workspace.
+/// Merge of the warps; then the row ends here, or goes to the workspace as a piece.
 template <class C>
-__device__ void finish_piece(const DecodeParams& p, const typename C::Work& work,
-                             unsigned char* memory) {
-  using Element = typename C::Element;
-  const DecodePiece& piece = work.piece;
-  const OutputRows rows = {p.packed_q ? 0 : piece.b, work.sequence.first_q,
-                           piece.row_tile * C::rows, piece.kv_head};
-  const int valid_rows = min(C::rows, work.sequence.rows - rows.first_row);
-  const auto& results = *reinterpret_cast<typename C::Results*>(memory);
-  auto& result = *reinterpret_cast<typename C::Result*>(memory + DecodeSmem<C>::result);
+__device__ void finish_piece(const DecodeParams& p, const DecodePiece& piece,
+                             const typename C::Work::Sequence& sequence,
+                             const typename C::Results& results) {
+  const OutputRows rows = {p.packed_q ? 0 : piece.b, sequence.first_q, piece.row_tile * C::rows,
+                           piece.kv_head};
+  const int valid_rows = min(C::rows, sequence.rows - rows.first_row);
   constexpr int items = C::ColumnsV / 4;
+#pragma unroll 1
   for (int item = threadIdx.x; item < valid_rows * items; item += C::threads) {
     const int row = item / items;
     const int column = item % items * 4;
     const MergedRow merged =
         merge_warps<C::warps, C::rows, C::ColumnsV>(results, row, column, p.scale_log2);
-    if constexpr (C::Cluster) {
-      *reinterpret_cast<float4*>(&result.out[row][column]) =
-          make_float4(merged.out[0], merged.out[1], merged.out[2], merged.out[3]);
-      if (column == 0) {
-        result.top[row] = merged.top;
-        result.sum[row] = merged.sum;
-      }
-    } else if (piece.count == 1) {
-      finish_row<Element>(p, rows, row, column, merged);
+    if (piece.count == 1) {
+      finish_row<typename C::Element>(p, rows, row, column, merged);
     } else {
-      store_piece<C::rows, C::ColumnsV>(p, piece.slot(piece.index), row, column, merged);
+      const std::int64_t slot = DecodeSlots(p.splits, piece.entry).of(piece.index);
+      store_piece<C::rows, C::ColumnsV>(p, slot, row, column, merged);
     }
   }
-  if constexpr (C::Cluster) finish_in_cluster<Element, C::threads>(p, rows, valid_rows, result);
 }
 
+/// Starts all copies of the current piece: queries first, then this warp's ring.
 template <class C>
-__device__ void run_piece(const DecodeParams& p, typename C::Work& work, unsigned char* memory) {
-  const std::uint32_t smem = ptx::shared_address(memory);
-  const std::uint32_t query_tile = smem + DecodeSmem<C>::query;
+__device__ void start_piece(const DecodeParams& p, const typename C::Work& work,
+                            typename C::Stream& stream, std::uint32_t smem) {
   const DecodePiece& piece = work.piece;
   const OutputRows rows = {p.packed_q ? 0 : piece.b, work.sequence.first_q,
                            piece.row_tile * C::rows, piece.kv_head};
-  const int valid_rows = min(C::rows, work.sequence.rows - rows.first_row);
   const int warp = static_cast<int>(threadIdx.x / 32);
-  copy_query<C>(p, work.sequence, rows, query_tile);
+  copy_query<C>(p, work.sequence, rows, smem + DecodeSmem<C>::query_at);
+  stream.start(p, smem + warp * C::Stream::ring_bytes, piece.b, piece.kv_head,
+               work.sequence.first_slot, piece.key_begin + warp * C::keys, piece.key_end);
+}
+
+/// The current piece, from the copies that start_piece() has begun to the results of the warps.
+template <class C>
+__device__ void run_piece(const DecodeParams& p, const typename C::Work& work,
+                          typename C::Stream& stream, std::uint32_t smem,
+                          typename C::Results& results) {
+  const DecodePiece& piece = work.piece;
+  const int first_row = piece.row_tile * C::rows;
+  const int valid_rows = min(C::rows, work.sequence.rows - first_row);
+  const int first = piece.key_begin + static_cast<int>(threadIdx.x / 32) * C::keys;
   typename C::Rows state;
-  {
-    const int first = piece.key_begin + warp * C::keys;
-    typename C::Stream stream(p, smem + warp * C::Stream::ring_bytes, piece.b, piece.kv_head,
-                              work.sequence.first_slot, first, piece.key_end);
-    stream.fill();
-    const Range inside = limit_rows<C>(p, work.sequence, piece, rows.first_row, valid_rows, state);
-    ptx::copy_async_wait<C::tuning.slots>();  // the query group is the oldest
-    __syncthreads();
-    state.start(query_tile);
-    stream_keys<C>(p, inside, stream, state, first, piece.key_end);
-  }
-  __syncthreads();  // all rings are idle
-  store_results<C>(state, *reinterpret_cast<typename C::Results*>(memory));
-  __syncthreads();
-  finish_piece<C>(p, work, memory);
+  const Range inside = limit_rows<C>(p, work.sequence, piece, first_row, valid_rows, state);
+  ptx::copy_async_wait<C::tuning.slots>();  // for the queries, the oldest group
+  __syncthreads();  // everyone's queries are there, and the last piece's results are read
+  state.start(smem + DecodeSmem<C>::query_at);
+  stream_keys<C>(p, inside, stream, state, first, piece.key_end);
+  if (!DecodeSmem<C>::overlap) __syncthreads();  // all rings are idle
+  store_results<C>(state, results);
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::threads, C::tuning.blocks)
     decode_kernel(const __grid_constant__ DecodeParams p) {
+  using Smem = DecodeSmem<C>;
   extern __shared__ __align__(1024) unsigned char memory[];
-  auto& work = *reinterpret_cast<typename C::Work*>(memory + DecodeSmem<C>::work);
+  auto& work = *reinterpret_cast<typename C::Work*>(memory + Smem::work_at);
+  auto& results = *reinterpret_cast<typename C::Results*>(memory + Smem::results_at);
+  const std::uint32_t smem = ptx::shared_address(memory);
   ptx::wait_for_previous_grid();
   ptx::launch_dependent_grids();  // they wait for this grid to end before they read
   work.begin(p);
-  while (work.next(p)) run_piece<C>(p, work, memory);
-  if (!C::Cluster && p.cuts != nullptr && threadIdx.x == 0) work.list_cut(p);
+  typename C::Stream stream;
+  bool more = work.next(p);
+  if (more) start_piece<C>(p, work, stream, smem);
+  while (more) {
+    run_piece<C>(p, work, stream, smem, results);
+    more = work.next(p);  // its barriers: results are written, rings and queries are free
+    if (Smem::overlap && more) start_piece<C>(p, work, stream, smem);
+    finish_piece<C>(p, work.last_piece, work.last_sequence, results);
+    if (!Smem::overlap) {
+      __syncthreads();  // the results are read
+      if (more) start_piece<C>(p, work, stream, smem);
+    }
+  }
+  if (p.cuts != nullptr && threadIdx.x == 0) work.list_cut(p);
 }
 
-template <int Columns, int ColumnsV, int RowTiles, bool Cluster, bool Bf16>
+template <int Columns, int ColumnsV, int RowTiles, bool Bf16>
 Status launch_decode_instance(const DecodeParams& params, int grid, cudaStream_t stream) {
-  using C = DecodeConfig<Columns, ColumnsV, RowTiles, Cluster, Bf16>;
-  const LaunchSize size = {grid, C::threads, DecodeSmem<C>::bytes, params.cluster};
-  SINKATTN_RETURN_IF_ERROR(
-      allow_launch("decode_kernel", decode_kernel<C>, size.shared_bytes, Cluster));
-  return launch_dependent("decode_kernel", decode_kernel<C>, size, stream, params);
+  using C = DecodeConfig<Columns, ColumnsV, RowTiles, Bf16>;
+  return launch_dependent("decode_kernel", decode_kernel<C>,
+                          LaunchSize{grid, C::threads, DecodeSmem<C>::bytes}, stream, params);
 }
 
 }  // namespace sinkattn::hopper

@@ -24,26 +24,37 @@ struct FastDivisor {
 #if defined(__CUDACC__)
   __device__ int divide(int n) const {
     if (divisor == 1) return n;
-    return static_cast<int>(
-        (static_cast<std::uint64_t>(static_cast<std::uint32_t>(n)) * multiplier) >> shift);
+    return static_cast<int>((static_cast<std::uint64_t>(static_cast<std::uint32_t>(n)) *
+                             multiplier) >>
+                            shift);
+  }
+#endif
+};
+
+/// Workspace slots of the pieces of one row tile, the entry-th of the list for the merge. Balanced,
+/// entry is the block that has piece 0; a block has two slots, for the row tile that it continues
+/// and for the one that it begins.
+struct DecodeSlots {
+  std::int64_t first, rest;
+  int step;
+
+#if defined(__CUDACC__)
+  __device__ DecodeSlots(int splits, int entry)
+      : first(splits > 0 ? std::int64_t{entry} * splits : 2 * std::int64_t{entry} + 1),
+        rest(splits > 0 ? first : first - 1),
+        step(splits > 0 ? 1 : 2) {}
+  __device__ std::int64_t of(int piece) const {
+    return piece == 0 ? first : rest + std::int64_t{piece} * step;
   }
 #endif
 };
 
 /// A row tile whose pieces several blocks have written to the workspace: one entry of the list that
-/// the merge works off. pieces 0: nothing to do.
+/// the merge works off. At most one piece: nothing to do.
 struct DecodeCut {
   std::int64_t first_q;  ///< row of position 0 in the query tensor
-  std::int64_t slot_first, slot_rest;
-  int slot_step, pieces;
-  int b, kv_head;
+  int pieces, b, kv_head;
   int first_row, rows;  ///< packed rows of the sequence
-
-#if defined(__CUDACC__)
-  __device__ std::int64_t slot(int i) const {
-    return i == 0 ? slot_first : slot_rest + static_cast<std::int64_t>(i) * slot_step;
-  }
-#endif
 };
 
 /// What the kernel reads; passed by value.
@@ -56,15 +67,14 @@ struct DecodeParams {
   Mask mask;
   int batch, heads_kv, group, head_dim, head_dim_v;
   bool packed_q, packed_k;
-  float scale;       ///< of a raw score, in natural units; 1 with a softcap
-  float scale_log2;  ///< the same times log2 e
-  float softcap;     ///< 0: off
-  float softcap_in;  ///< 2 log2 e * softmax_scale / softcap: argument of the tanh
+  float scale;        ///< of a raw score, in natural units; 1 with a softcap
+  float scale_log2;   ///< the same times log2 e
+  float softcap;      ///< 0: off
+  float softcap_in;   ///< 2 log2 e * softmax_scale / softcap: argument of the tanh
   FastDivisor page_size, by_group;
   int row_tiles;       ///< of the longest sequence
   int splits;          ///< n: every row tile in n pieces; 0: work shared out evenly over the grid
-  int cluster;         ///< > 1: the pieces of a row tile are the blocks of a cluster; == splits
-  int min_tiles;       ///< balanced: key tiles per block, at least
+  int min_tiles;       ///< key tiles of a piece, at least; fewer pieces if there are too few
   float* partial_out;  ///< (slot, row, column), normalised, sink-free
   float* partial_lse;  ///< (slot, row)
   DecodeCut* cuts;     ///< null: no row tile is shared by blocks that do not merge at once
@@ -76,11 +86,10 @@ struct DecodeLaunch {
   int rows = 0;                    ///< packed query rows of a block: 16 or 32
   int tile_keys = 0;               ///< keys that the warps of a block take in one step
   int splits = 1;                  ///< as in DecodeParams
-  int cluster = 1;
-  int row_tiles = 1;  ///< of the longest sequence
+  int row_tiles = 1;               ///< of the longest sequence
   int grid = 0;
-  int cuts = 0;            ///< entries of the list for the merge
-  std::int64_t slots = 0;  ///< pieces in the workspace
+  int cuts = 0;                    ///< entries of the list for the merge
+  std::int64_t slots = 0;          ///< pieces in the workspace
   std::size_t lse_offset = 0, cuts_offset = 0, bytes = 0;
 };
 
@@ -94,8 +103,8 @@ Status restore_decode_launch(const ForwardProblem& problem, const Plan& plan, De
 Status launch_decode(const ForwardProblem& problem, const DecodeLaunch& launch, void* workspace,
                      cudaStream_t stream);
 
-/// One per file in src/hopper/instances. Cluster: the tuning for pieces merged in a cluster.
-template <int Columns, int ColumnsV, int RowTiles, bool Cluster, bool Bf16>
+/// One per file in src/hopper/instances.
+template <int Columns, int ColumnsV, int RowTiles, bool Bf16>
 Status launch_decode_instance(const DecodeParams& params, int grid, cudaStream_t stream);
 
 /// Fills output rows with 0 and LSE with -inf, before the decode kernel.
@@ -114,6 +123,7 @@ struct DecodeMerge {
   const float* partial_out;
   const float* partial_lse;
   const DecodeCut* cuts;
+  int splits;  ///< as in DecodeParams
   int tile_rows, columns, group, head_dim_v;
   bool packed_q;
 };

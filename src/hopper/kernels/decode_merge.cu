@@ -12,7 +12,9 @@
 namespace sinkattn::hopper {
 namespace {
 
-constexpr int block_warps = 8;
+constexpr int row_warps = 2;    // that share the pieces of a row
+constexpr int block_rows = 8;   // at a time
+constexpr int block_threads = 32 * row_warps * block_rows;
 constexpr int loads_in_flight = 8;  // of a lane, 16 bytes each
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr float log2e = 1.4426950408889634f;
@@ -28,13 +30,13 @@ struct MergedLse {
 };
 
 /// Weights of the pieces of a row into `weights`.
-__device__ MergedLse weigh(const DecodeMerge& p, const DecodeCut& cut, int row, float sink,
-                           float* weights) {
+__device__ MergedLse weigh(const DecodeMerge& p, const DecodeSlots& slots, int pieces, int row,
+                           float sink, float* weights) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   float top = sink;
   bool is_nan = isnan(sink);
-  for (int i = lane; i < cut.pieces; i += 32) {
-    const float lse = p.partial_lse[cut.slot(i) * p.tile_rows + row];
+  for (int i = lane; i < pieces; i += 32) {
+    const float lse = p.partial_lse[slots.of(i) * p.tile_rows + row];
     is_nan |= isnan(lse);
     top = fmaxf(top, lse);
     weights[i] = lse;
@@ -43,7 +45,7 @@ __device__ MergedLse weigh(const DecodeMerge& p, const DecodeCut& cut, int row, 
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
   float total = 0.0f;
-  for (int i = lane; i < cut.pieces; i += 32) {
+  for (int i = lane; i < pieces; i += 32) {
     weights[i] = weight_of(weights[i], top);
     total += weights[i];
   }
@@ -56,34 +58,56 @@ __device__ MergedLse weigh(const DecodeMerge& p, const DecodeCut& cut, int row, 
   return {top + logf(total), 1.0f / total};
 }
 
-/// Weighted sum of four columns over the pieces first, first + step, ..
-__device__ float4 add_pieces(const DecodeMerge& p, const DecodeCut& cut, int row, int column,
-                             const float* weights, int first, int step) {
+/// Where row `r` of a row tile lies in the output.
+struct Output {
+  std::int64_t batch, q;
+  int head;
+};
+
+__device__ Output output_of(const DecodeMerge& p, const DecodeCut& cut, int r) {
+  const int row = cut.first_row + r;
+  return {p.packed_q ? 0 : cut.b, cut.first_q + row / p.group,
+          cut.kv_head * p.group + row % p.group};
+}
+
+using Batch = float4[loads_in_flight];
+
+/// Four columns of one row of the pieces first, first + step, .. below `pieces`; zeros past them.
+__device__ void load_batch(const DecodeMerge& p, const DecodeSlots& slots, int pieces, int row,
+                           int column, int first, int step, Batch& batch) {
   const float* from = p.partial_out + static_cast<std::int64_t>(row) * p.columns + column;
   const std::int64_t slot_size = static_cast<std::int64_t>(p.tile_rows) * p.columns;
-  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-  for (int base = first; base < cut.pieces; base += loads_in_flight * step) {
-    float4 part[loads_in_flight];
-    float weight[loads_in_flight];
 #pragma unroll
-    for (int j = 0; j < loads_in_flight; ++j) {
-      const int i = base + j * step;
-      part[j] = {0.0f, 0.0f, 0.0f, 0.0f};
-      weight[j] = 0.0f;
-      if (i < cut.pieces) {
-        part[j] = *reinterpret_cast<const float4*>(from + cut.slot(i) * slot_size);
-        weight[j] = weights[i];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < loads_in_flight; ++j) {
-      sum.x = fmaf(weight[j], part[j].x, sum.x);
-      sum.y = fmaf(weight[j], part[j].y, sum.y);
-      sum.z = fmaf(weight[j], part[j].z, sum.z);
-      sum.w = fmaf(weight[j], part[j].w, sum.w);
+  for (int j = 0; j < loads_in_flight; ++j) {
+    const int i = first + j * step;
+    batch[j] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (i < pieces && column < p.columns) {
+      batch[j] = *reinterpret_cast<const float4*>(from + slots.of(i) * slot_size);
     }
   }
-  return sum;
+}
+
+__device__ void add_batch(const Batch& batch, const float* weights, int pieces, int first, int step,
+                          float4& sum) {
+#pragma unroll
+  for (int j = 0; j < loads_in_flight; ++j) {
+    const int i = first + j * step;
+    if (i >= pieces) continue;  // what was loaded ahead of the list is no number to rely on
+    sum.x = fmaf(weights[i], batch[j].x, sum.x);
+    sum.y = fmaf(weights[i], batch[j].y, sum.y);
+    sum.z = fmaf(weights[i], batch[j].z, sum.z);
+    sum.w = fmaf(weights[i], batch[j].w, sum.w);
+  }
+}
+
+__device__ float4 add(const float4& a, const float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+/// The value of the lane 16 away.
+__device__ float4 swap_halves(const float4& a) {
+  return {__shfl_xor_sync(all_lanes, a.x, 16), __shfl_xor_sync(all_lanes, a.y, 16),
+          __shfl_xor_sync(all_lanes, a.z, 16), __shfl_xor_sync(all_lanes, a.w, 16)};
 }
 
 __device__ void store_columns(const DecodeMerge& p, std::int64_t at, const float4& x) {
@@ -98,42 +122,66 @@ __device__ void store_columns(const DecodeMerge& p, std::int64_t at, const float
   }
 }
 
-/// One block per entry of the list, one warp per row. With at most 64 columns the two halves of a
-/// warp take every other piece.
-__global__ void __launch_bounds__(32 * block_warps)
+/// One block per entry of the list, two warps per row. With at most 64 columns the halves of a warp
+/// share the pieces as well. Equal pieces (splits > 0) are nearly all to be merged: the first loads
+/// start before the entry of the list is there.
+__global__ void __launch_bounds__(block_threads, 2)
     decode_merge_kernel(const __grid_constant__ DecodeMerge p) {
-  __shared__ float weights[block_warps][decode_max_splits];
+  __shared__ float weights[row_warps * block_rows][decode_max_splits];
+  __shared__ float4 exchange[block_rows][32];
   ptx::wait_for_previous_grid();
   ptx::launch_dependent_grids();
-  const DecodeCut cut = p.cuts[blockIdx.x];
-  if (cut.pieces <= 1) return;
+  const DecodeSlots slots(p.splits, static_cast<int>(blockIdx.x));
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int halves = p.columns <= 64 ? 2 : 1;
   const int lanes = 32 / halves;
-  for (int r = warp; r < cut.rows; r += block_warps) {
-    const int row = cut.first_row + r;
-    const int head = cut.kv_head * p.group + row % p.group;
-    const std::int64_t q = cut.first_q + row / p.group;
-    const std::int64_t batch = p.packed_q ? 0 : cut.b;
-    const MergedLse merged = weigh(p, cut, r, load_sink(p.sink, head), weights[warp]);
-    for (int column = 4 * (lane % lanes); column < p.columns; column += 4 * lanes) {
-      float4 sum = add_pieces(p, cut, r, column, weights[warp], lane / lanes, halves);
-      if (halves == 2) {
-        sum.x += __shfl_xor_sync(all_lanes, sum.x, 16);
-        sum.y += __shfl_xor_sync(all_lanes, sum.y, 16);
-        sum.z += __shfl_xor_sync(all_lanes, sum.z, 16);
-        sum.w += __shfl_xor_sync(all_lanes, sum.w, 16);
+  const int first = warp % row_warps * halves + lane / lanes;
+  const int step = row_warps * halves;
+  Batch batch;
+  bool loaded = p.splits > 0;
+  if (loaded) {
+    load_batch(p, slots, p.splits, warp / row_warps, 4 * (lane % lanes), first, step, batch);
+  }
+  const DecodeCut cut = p.cuts[blockIdx.x];
+  if (cut.pieces <= 1) return;
+  for (int base = 0; base < cut.rows; base += block_rows) {
+    const int r = base + warp / row_warps;
+    const bool used = r < cut.rows;
+    MergedLse merged = {};
+#pragma unroll 1
+    for (int from = 0; from < p.columns; from += 4 * lanes) {
+      const int column = from + 4 * (lane % lanes);
+      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (used) {
+        if (!loaded) load_batch(p, slots, cut.pieces, r, column, first, step, batch);
+        if (from == 0) {
+          const float sink = load_sink(p.sink, output_of(p, cut, r).head);
+          merged = weigh(p, slots, cut.pieces, r, sink, weights[warp]);
+        }
+        add_batch(batch, weights[warp], cut.pieces, first, step, sum);
+        for (int i = first + loads_in_flight * step; i < cut.pieces; i += loads_in_flight * step) {
+          load_batch(p, slots, cut.pieces, r, column, i, step, batch);
+          add_batch(batch, weights[warp], cut.pieces, i, step, sum);
+        }
       }
-      if (lane >= lanes || column >= p.head_dim_v) continue;
-      sum = {sum.x * merged.factor, sum.y * merged.factor, sum.z * merged.factor,
-             sum.w * merged.factor};
-      store_columns(p, p.out.offset(batch, q, head) + column, sum);
+      loaded = false;
+      if (halves == 2) sum = add(sum, swap_halves(sum));
+      if (warp % row_warps == 1) exchange[warp / row_warps][lane] = sum;
+      __syncthreads();  // the second warp of each row has left its sum
+      if (used && warp % row_warps == 0 && lane < lanes && column < p.head_dim_v) {
+        sum = add(sum, exchange[warp / row_warps][lane]);
+        const Output to = output_of(p, cut, r);
+        store_columns(p, p.out.offset(to.batch, to.q, to.head) + column,
+                      {sum.x * merged.factor, sum.y * merged.factor, sum.z * merged.factor,
+                       sum.w * merged.factor});
+      }
+      __syncthreads();  // the sums are read
     }
-    if (lane == 0 && p.lse.data != nullptr) {
-      static_cast<float*>(p.lse.data)[p.lse.offset(batch, head, q)] = merged.lse;
+    if (used && warp % row_warps == 0 && lane == 0 && p.lse.data != nullptr) {
+      const Output to = output_of(p, cut, r);
+      static_cast<float*>(p.lse.data)[p.lse.offset(to.batch, to.head, to.q)] = merged.lse;
     }
-    __syncwarp();  // the weights are free
   }
 }
 
@@ -141,7 +189,7 @@ __global__ void __launch_bounds__(32 * block_warps)
 
 Status launch_decode_merge(const DecodeMerge& merge, int entries, cudaStream_t stream) {
   return launch_dependent("decode_merge_kernel", decode_merge_kernel,
-                          LaunchSize{entries, 32 * block_warps}, stream, merge);
+                          LaunchSize{entries, block_threads}, stream, merge);
 }
 
 }  // namespace sinkattn::hopper

@@ -92,7 +92,7 @@ Status launch_schedule(const ScheduleParams& p, int sm_count, cudaStream_t strea
   a.group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
   a.splits = p.num_splits;
   const int rounded = static_cast<int>(p.headdim);
-  const DecodeTuning tuning = decode_tuning(rounded, static_cast<int>(p.headdim_v), 1, false);
+  const DecodeTuning tuning = decode_tuning(rounded, static_cast<int>(p.headdim_v), 1);
   a.blocks = std::max(1, sm_count - p.sm_margin) * tuning.blocks;
   a.words = p.metadata.as<std::int32_t>();
   a.length = static_cast<int>(schedule_length(p.batch_size));
