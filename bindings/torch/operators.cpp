@@ -155,30 +155,48 @@ void check_ready(const TensorView& tensor, const char* name) {
   }
 }
 
-/// fwd with the arguments of the common case alone: every argument of an operator costs the caller
-/// time in torch's conversions, given or not.
-std::tuple<Tensor, Tensor> fwd_dense(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const OptionalTensor& learnable_sink,
-                                     OptionalDouble softmax_scale, bool causal, Int window_left,
-                                     Int window_right) {
+/// Arguments of fwd in the common case alone: every argument of an operator costs the caller time
+/// in torch's conversions, given or not.
+#define SINKATTN_DENSE_PARAMETERS                                                          \
+  const Tensor &q, const Tensor &k, const Tensor &v, const OptionalTensor &learnable_sink, \
+      OptionalDouble softmax_scale, bool causal, Int window_left, Int window_right
+#define SINKATTN_DENSE_ARGUMENTS \
+  q, k, v, learnable_sink, softmax_scale, causal, window_left, window_right
+
+ForwardParams dense_params(SINKATTN_DENSE_PARAMETERS) {
+  ForwardParams p;
+  p.query = view(q, "q");
+  p.key = view(k, "k");
+  p.value = view(v, "v");
+  p.learnable_sink = view(learnable_sink, "learnable_sink");
+  p.softmax_scale = softmax_scale;
+  p.mask = mask_of(causal, window_left, window_right, 0);
+  check_query_rank(p.query, false);
+  check_ready(p.query, "q");
+  check_ready(p.key, "k");
+  check_ready(p.value, "v");
+  return p;
+}
+
+std::tuple<Tensor, Tensor> fwd_dense(SINKATTN_DENSE_PARAMETERS) {
   Call call(q);
-  ForwardParams params;
-  params.query = view(q, "q");
-  params.key = view(k, "k");
-  params.value = view(v, "v");
-  params.learnable_sink = view(learnable_sink, "learnable_sink");
-  params.softmax_scale = softmax_scale;
-  params.mask = mask_of(causal, window_left, window_right, 0);
-  check_query_rank(params.query, false);
-  check_ready(params.query, "q");
-  check_ready(params.key, "k");
-  check_ready(params.value, "v");
+  ForwardParams params = dense_params(SINKATTN_DENSE_ARGUMENTS);
   Tensor out = new_out(params);
   Tensor lse = new_statistics(params.query, false);
   params.out = view(out, "out");
   params.softmax_lse = view(lse, "softmax_lse");
   run_forward(call, params);
   return {std::move(out), std::move(lse)};
+}
+
+/// fwd_dense where nobody asks for the LSE: it is neither allocated nor written.
+Tensor fwd_dense_no_lse(SINKATTN_DENSE_PARAMETERS) {
+  Call call(q);
+  ForwardParams params = dense_params(SINKATTN_DENSE_ARGUMENTS);
+  Tensor out = new_out(params);
+  params.out = view(out, "out");
+  run_forward(call, params);
+  return out;
 }
 
 /// fwd for exported training graphs: the operator to which Python attaches a gradient, with the
@@ -460,6 +478,10 @@ Tensor get_scheduler_metadata(Int batch_size, Int max_seqlen_q, Int max_seqlen_k
   "int window_left=-1, int window_right=-1, int attention_chunk=0, float softcap=0.0, " \
   "Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, "            \
   "int sm_margin=0, Tensor? learnable_sink=None"
+#define SINKATTN_DENSE_SCHEMA                                          \
+  "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink=None, "        \
+  "float? softmax_scale=None, bool causal=False, int window_left=-1, " \
+  "int window_right=-1"
 #define SINKATTN_BACKWARD_SCHEMA                                                        \
   "Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "              \
   "Tensor softmax_lse, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "          \
@@ -473,6 +495,7 @@ template <class Library>
 void implement(Library& m) {
   m.impl("fwd", TORCH_BOX(&fwd));
   m.impl("fwd_dense", TORCH_BOX(&fwd_dense));
+  m.impl("fwd_dense_no_lse", TORCH_BOX(&fwd_dense_no_lse));
   m.impl("fwd_out", TORCH_BOX(&fwd_out));
   m.impl("fwd_kvcache", TORCH_BOX(&fwd_kvcache));
   m.impl("attention", TORCH_BOX(&attention));
@@ -489,10 +512,8 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY(sinkattn, m) {
   m.def("fwd(Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
         ") -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "fwd_dense(Tensor q, Tensor k, Tensor v, Tensor? learnable_sink=None, "
-      "float? softmax_scale=None, bool causal=False, int window_left=-1, int window_right=-1) -> "
-      "(Tensor out, Tensor softmax_lse)");
+  m.def("fwd_dense(" SINKATTN_DENSE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)");
+  m.def("fwd_dense_no_lse(" SINKATTN_DENSE_SCHEMA ") -> Tensor out");
   m.def("fwd_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, " SINKATTN_FORWARD_SCHEMA
         ") -> Tensor softmax_lse");
   m.def(

@@ -15,14 +15,16 @@ from ._ops import call, ops
 from .autograd import (
     ATTENTION,
     FORWARD,
-    FORWARD_DENSE,
-    DenseFunc,
-    DenseLseFunc,
     FlashAttnFunc,
     FlashAttnLseFunc,
     FlashAttnQKVPackedFunc,
     Options,
+    apply_eager,
+    apply_eager_lse,
     distinct,
+    forward_dense,
+    forward_dense_no_lse,
+    in_functorch,
     ready,
     split_packed,
 )
@@ -133,7 +135,7 @@ def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
     q, k, v = ready(tensor(q, "q")), ready(tensor(k, "k")), ready(tensor(v, "v"))
     if options.qv is not None:
         options = options._replace(qv=ready(options.qv))
-    tracing = torch.compiler.is_compiling()
+    tracing = is_compiling()
     if not tracing and _explaining.get():
         raise Explained(call(ops.explain_fwd, q, k, v, *options[:-1], sink))
     if _needs_gradient(q, k, v, sink, options):
@@ -143,6 +145,9 @@ def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
                 out, lse = ATTENTION(q, k, v, *options[:-1], sink, options.deterministic)
                 return (out, lse) if return_lse else out
             k, v, options = k.view_as(k), v.view_as(v), distinct(options)
+        elif not in_functorch():
+            apply = apply_eager_lse if return_lse else apply_eager
+            return apply(q, k, v, sink, options)
         function = FlashAttnLseFunc if return_lse else FlashAttnFunc
         return function.apply(q, k, v, sink, *options)
     if out is None:
@@ -155,7 +160,7 @@ def attend(options: Options, q, k, v, sink, *, return_lse, out=None):
 def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministic, return_lse):
     """attend() for a call with no other option, at a fraction of its cost; None where the call is
     anything but plain, or fails: then attend() decides, and its errors are the ones raised."""
-    if is_compiling() or _explaining.get():
+    if is_compiling() or _explaining.get() or in_functorch():
         return None
     if type(window_size) is not tuple or len(window_size) != 2:
         return None
@@ -178,20 +183,18 @@ def attend_dense(q, k, v, sink, softmax_scale, causal, window_size, deterministi
         ):
             if q.dtype is torch.float8_e4m3fn:
                 return None
-            function = DenseLseFunc if return_lse else DenseFunc
-            return function.apply(
-                q, k, v, sink, (softmax_scale, causal, left, right, deterministic)
-            )
-        result = FORWARD_DENSE(q, k, v, sink, softmax_scale, causal, left, right)
+            apply = apply_eager_lse if return_lse else apply_eager
+            return apply(q, k, v, sink, (softmax_scale, causal, left, right, deterministic))
+        forward = forward_dense if return_lse else forward_dense_no_lse
+        return forward(q, k, v, sink, softmax_scale, causal, left, right)
     except RuntimeError:
         return None
-    return result if return_lse else result[0]
 
 
 def attend_packed(options: Options, q, packed, heads, sink, *, return_lse):
     """As attend, with keys and values (and queries where q is None) in one tensor, whose gradient
     is one tensor too."""
-    tracing = torch.compiler.is_compiling()
+    tracing = is_compiling()
     one_gradient = (
         _needs_gradient(packed if q is None else q, packed, packed, sink, options)
         and not (tracing and torch.compiler.is_exporting())

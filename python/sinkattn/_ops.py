@@ -7,6 +7,7 @@ import ctypes
 from pathlib import Path
 
 import torch
+from torch.compiler import is_compiling
 
 LIBRARY = Path(__file__).parent / "lib" / "libsinkattn_torch.so"
 
@@ -42,7 +43,7 @@ _EXCEPTIONS = {
 
 def call(operator, *arguments, **options):
     """Calls an operator and raises its errors as the Python exceptions they stand for."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operator(*arguments, **options)
     try:
         return operator(*arguments, **options)
@@ -84,6 +85,11 @@ def _fake_lse(q):
 def _fwd(q, k, v, *arguments, **options):
     dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
     return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype), _fake_lse(q)
+
+
+@torch.library.register_fake("sinkattn::fwd_dense_no_lse")
+def _fwd_dense_no_lse(q, k, v, *arguments, **options):
+    return _fwd(q, k, v)[0]
 
 
 @torch.library.register_fake("sinkattn::fwd_out")

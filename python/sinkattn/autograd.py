@@ -2,7 +2,8 @@
 """Gradients. The operators know nothing of autograd; these functions connect them to it.
 
 Two variants of every function: one returns the output alone, so that the common case never meets a
-zero-filled gradient of the LSE; the other returns (out, softmax_lse), both differentiable.
+zero-filled gradient of the LSE; the other returns (out, softmax_lse), both differentiable. And both
+of them twice: with every option an argument, for tracing, and with few arguments, for speed.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from ._ops import call, ops
 
 FORWARD = ops.fwd.default
-FORWARD_DENSE = ops.fwd_dense.default
 BACKWARD = ops.bwd.default
 BACKWARD_OUT = ops.bwd_out.default
 
@@ -77,7 +78,7 @@ def ready(x: torch.Tensor) -> torch.Tensor:
         if x.is_cpu:
             return x
         # While tracing there is no address; what the compiler hands over later is aligned.
-        if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+        if is_compiling() or x.data_ptr() % 16 == 0:
             step = 16 // x.element_size()
             if x.is_contiguous() or all(s > 0 and s % step == 0 for s in x.stride()[:-1]):
                 return x
@@ -104,6 +105,8 @@ def _save(ctx, tensors, options: Options) -> None:
 
 
 def _saved(ctx) -> tuple:
+    if len(ctx.options) == 5:
+        return (*ctx.saved_tensors, dense_options(*ctx.options))
     *tensors, cu_q, cu_k, used_q, used_k = ctx.saved_tensors
     return (*tensors, Options(None, cu_q, cu_k, used_q, used_k, *ctx.options))
 
@@ -160,85 +163,80 @@ class FlashAttnLseFunc(torch.autograd.Function):
         return (*_gradients(ctx, ctx.needs_input_grad[:4], dout, dlse), *_NO_OPTION_GRADIENTS)
 
 
-# --- the common case, called eagerly --------------------------------------------------------------
+# --- the same, called eagerly ---------------------------------------------------------------------
 # Every argument of apply() costs, tensor or not: FlashAttnFunc's 28 take longer than its operator.
-# These two have five. They must not be traced, since Dynamo sees no tensors inside a tuple.
+# These have five. They must not be traced, since Dynamo sees no tensors inside a tuple.
 
 
-def _dense_gradients(ctx, dout, dlse) -> tuple:
-    if dout is None and dlse is None:
-        return None, None, None, None, None
-    q, k, v, sink, out, lse = ctx.saved_tensors
-    scale, causal, left, right, deterministic = ctx.options
-    need_q, need_k, need_v, need_sink, _ = ctx.needs_input_grad
-    dq, dk, dv, dsink = call(
-        BACKWARD,
-        None if dout is None else ready(dout),
-        None if dlse is None else dlse.contiguous(),
-        q,
-        k,
-        v,
-        out,
-        lse,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        scale,
-        causal,
-        left,
-        right,
-        0,
-        0.0,
-        deterministic,
-        0,
-        need_q,
-        need_k or need_v,
-        sink if need_sink else None,
-    )
-    return (
-        dq if need_q else None,
-        dk if need_k else None,
-        dv if need_v else None,
-        dsink if need_sink else None,
-        None,
-    )
+def _direct_call(operator):
+    """What an operator object calls with the arguments it was given, if this torch names it so."""
+    return getattr(operator, "_op", operator)
 
 
-class DenseFunc(torch.autograd.Function):
-    """(q, k, v, sink, (scale, causal, left, right, deterministic)) -> out."""
+forward_dense = _direct_call(ops.fwd_dense.default)
+forward_dense_no_lse = _direct_call(ops.fwd_dense_no_lse.default)
 
-    @staticmethod
-    def forward(ctx, q, k, v, sink, options):
-        out, lse = FORWARD_DENSE(q, k, v, sink, *options[:4])
+
+def dense_options(scale, causal, left, right, deterministic) -> Options:
+    nothing = (None,) * 13
+    return Options(*nothing, scale, causal, left, right, 0, 0.0, None, 1, None, 0, deterministic)
+
+
+def _eager_gradients(ctx, dout, dlse) -> tuple:
+    return (*_gradients(ctx, ctx.needs_input_grad[:4], dout, dlse), None)
+
+
+def _eager_forward(ctx, q, k, v, sink, options):
+    if type(options) is Options:
+        out, lse = call(FORWARD, q, k, v, *options[:-1], sink)
+        _save(ctx, (q, k, v, sink, out, lse), options)
+    else:
+        scale, causal, left, right, _ = options
+        out, lse = forward_dense(q, k, v, sink, scale, causal, left, right)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return out
+    return out, lse
+
+
+class EagerFunc(torch.autograd.Function):
+    """(q, k, v, sink, options) -> out. The options are Options, or for a call without any other
+    the tuple (softmax_scale, causal, window_left, window_right, deterministic)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink, options):
+        return _eager_forward(ctx, q, k, v, sink, options)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return _dense_gradients(ctx, dout, None)
+        return _eager_gradients(ctx, dout, None)
 
 
-class DenseLseFunc(torch.autograd.Function):
-    """As DenseFunc -> (out, softmax_lse)."""
+class EagerLseFunc(torch.autograd.Function):
+    """As EagerFunc -> (out, softmax_lse)."""
 
     @staticmethod
     def forward(ctx, q, k, v, sink, options):
-        out, lse = FORWARD_DENSE(q, k, v, sink, *options[:4])
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return out, lse
+        return _eager_forward(ctx, q, k, v, sink, options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        return _dense_gradients(ctx, dout, dlse)
+        return _eager_gradients(ctx, dout, dlse)
+
+
+def _direct_apply(function):
+    """function.apply without torch's Python wrapper, which serves torch.func alone and takes a
+    fifth of the whole call. Not to be called while a transform of torch.func is active."""
+    return super(torch.autograd.Function, function).apply
+
+
+apply_eager = _direct_apply(EagerFunc)
+apply_eager_lse = _direct_apply(EagerLseFunc)
+# Whether vmap, grad or another transform of torch.func is active. A torch without this question
+# takes the general path.
+in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 # One function serves dense and packed sequences; FA3 has two names for it.

@@ -3,11 +3,14 @@
 // oracle, error rules, workspaces, threads.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
 #include <thread>
+#include <vector>
 
+#include "common/prepared.h"
 #include "problem_builder.h"
 
 namespace sinkattn {
@@ -157,6 +160,27 @@ TEST(Errors, WorkspaceAndPlanAreVerified) {
   foreign.backend = Backend::hopper;
   workspace.context.workspace_bytes = plan.workspace_bytes;
   EXPECT_EQ(forward(params, foreign, workspace.context).code(), StatusCode::value_error);
+}
+
+TEST(Prepared, RunsWhatThePublicPairRuns) {
+  Attention<float> a(2, 5, 6, 4, 2, 16, 16);
+  a.mask = causal();
+  ASSERT_TRUE(run(a.forward_params()).ok());
+  const std::vector<float> out(a.out.begin(), a.out.end());
+  for (float& x : a.out) x = 0.0f;
+  Prepared<ForwardProblem> prepared;
+  ASSERT_TRUE(prepare_forward(a.forward_params(), {}, &prepared).ok());
+  Plan plan;
+  ASSERT_TRUE(plan_forward(a.forward_params(), {}, &plan).ok());
+  EXPECT_EQ(prepared.plan.workspace_bytes, plan.workspace_bytes);
+  EXPECT_STREQ(prepared.plan.kernel, "");  // its text is left out
+  EXPECT_EQ(run_prepared(prepared, {}).code(), StatusCode::runtime_error);
+  const Workspace workspace(plan);
+  ASSERT_TRUE(run_prepared(prepared, workspace.context).ok());
+  EXPECT_TRUE(std::equal(out.begin(), out.end(), a.out.begin()));
+  ForwardParams wrong = a.forward_params();
+  wrong.softcap = -1.0;
+  EXPECT_EQ(prepare_forward(wrong, {}, &prepared).code(), StatusCode::value_error);
 }
 
 TEST(Errors, CudaTensorsNeverFallBack) {

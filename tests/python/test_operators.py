@@ -18,6 +18,10 @@ FORWARD = (
     "Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, int sm_margin=0, "
     "Tensor? learnable_sink=None"
 )
+DENSE = (
+    "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink=None, float? softmax_scale=None, "
+    "bool causal=False, int window_left=-1, int window_right=-1"
+)
 BACKWARD = (
     "Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_q=None, "
@@ -29,9 +33,8 @@ BACKWARD = (
 # A released schema changes only by appending arguments with defaults.
 SCHEMAS = {
     "fwd": f"(Tensor q, Tensor k, Tensor v, {FORWARD}) -> (Tensor out, Tensor softmax_lse)",
-    "fwd_dense": "(Tensor q, Tensor k, Tensor v, Tensor? learnable_sink=None, "
-    "float? softmax_scale=None, bool causal=False, int window_left=-1, "
-    "int window_right=-1) -> (Tensor out, Tensor softmax_lse)",
+    "fwd_dense": f"({DENSE}) -> (Tensor out, Tensor softmax_lse)",
+    "fwd_dense_no_lse": f"({DENSE}) -> Tensor out",
     "attention": f"(Tensor q, Tensor k, Tensor v, {FORWARD}, bool deterministic=False)"
     " -> (Tensor out, Tensor softmax_lse)",
     "fwd_out": f"(Tensor(a!) out, Tensor q, Tensor k, Tensor v, {FORWARD}) -> Tensor softmax_lse",
@@ -138,6 +141,7 @@ def cases():
     yield "sink", "fwd_dense", (q, k, v, sink.bfloat16(), 0.2, True, 3, -1), {}
     yield "bhsd views", "fwd_dense", views, {}
     yield "no queries", "fwd_dense", (q[:, :0], k, v), {}
+    yield "sink", "fwd_dense_no_lse", (q, k, v, sink), {"causal": True}
     yield "sink", "attention", (q, k, v), {"learnable_sink": sink}
     yield (
         "with grad",

@@ -99,7 +99,7 @@ def test_one_side_packed(side, device):
         arguments = (cu, None, 31, None)
     else:
         q = torch.randn(3, 20, 4, 32, generator=g).to(device, dtype)
-        dout, dlse = torch.randn_like(q), torch.randn(3, 4, 20)
+        dout, dlse = torch.randn_like(q), torch.randn(3, 4, 20, device=device)
         arguments = (None, cu, None, 31)
     ours = gradients(
         lambda q, k, v, s: sinkattn.flash_attn_varlen_func(

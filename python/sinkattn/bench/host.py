@@ -18,7 +18,7 @@ import torch
 import sinkattn
 
 from .._execute import make_options
-from ..autograd import FORWARD, FORWARD_DENSE, DenseFunc, FlashAttnFunc
+from ..autograd import FORWARD, apply_eager, forward_dense_no_lse
 from .environment import commit_of_checkout
 
 CALLS = 1000
@@ -64,13 +64,13 @@ def layers(device: torch.device, batch: int) -> dict[str, Callable[[], object]]:
 
     return {
         "flash_attn_func, no grad": public(q, k, v, sink),
-        "  the operator of plain calls": lambda: FORWARD_DENSE(q, k, v, sink, *plain[:4]),
+        "  the operator of plain calls": lambda: forward_dense_no_lse(q, k, v, sink, *plain[:4]),
         "flash_attn_func, grad": public(gq, gk, gv, gsink),
-        "  its autograd function": lambda: DenseFunc.apply(gq, gk, gv, gsink, plain),
+        "  its autograd function": lambda: apply_eager(gq, gk, gv, gsink, plain),
         "with softcap, no grad (general path)": public(q, k, v, sink, softcap=30.0),
         "  the general operator": lambda: FORWARD(q, k, v, *options[:-1], sink),
         "with softcap, grad (general path)": public(gq, gk, gv, gsink, softcap=30.0),
-        "  its autograd function ": lambda: FlashAttnFunc.apply(gq, gk, gv, gsink, *options),
+        "  its autograd function ": lambda: apply_eager(gq, gk, gv, gsink, options),
         "torch: two empty tensors": lambda: (
             torch.empty_like(q),
             q.new_empty((batch, 4, 256), dtype=torch.float32),

@@ -69,8 +69,12 @@ def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         function()
-    replay = graph.replay
-    return lambda: replay()
+
+    def replay():
+        graph.replay()
+
+    replay.captured = function  # it alone holds tensors that the graph reads
+    return replay
 
 
 def copy_rate(device: torch.device) -> float:

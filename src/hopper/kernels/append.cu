@@ -205,11 +205,12 @@ __device__ void count_slots(const AppendProblem& p, std::int64_t b) {
 }
 
 /// Blocks: one per new row, one per query row (with rotary), then the used slots of 128 sequences.
+/// The next grid is not let in early: blocks of the decode kernel that come while these still hold
+/// registers start out of step, and then read the heads of a token at different times (tuning log).
 template <class T>
 __global__ void __launch_bounds__(block_threads)
     append_kernel(const __grid_constant__ AppendProblem p, unsigned new_rows, unsigned query_rows) {
   ptx::wait_for_previous_grid();
-  ptx::launch_dependent_grids();  // they wait for this grid to end before they read
   const unsigned block = blockIdx.x;
   if (block < new_rows) {
     append_token<T>(p, block);
