@@ -4,8 +4,8 @@
 // barrier of the block is in the loop, and a slow warp holds nobody up.
 //
 // One slot holds `Keys` rows of K and of V as slabs with the 128-byte swizzle (core/tile.cuh). Rows
-// past the end, and columns past the head dim, are zeros: memory outside the sequence is never read,
-// so whatever it holds cannot matter.
+// past the end, and columns past the head dim, are zeros: memory outside the sequence is never
+// read, so whatever it holds cannot matter.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ class KeyStream {
   static_assert(Keys % 8 == 0 && Keys <= 32, "a lane looks up the page of one key");
 
   /// Tokens first, first + Stride, .. (Keys each) below `end`, of sequence b and one KV head; fills
-  /// the whole ring. One commit per slot, whether or not there is anything to copy, so that counting
-  /// groups is counting slots.
+  /// the whole ring. One commit per slot, whether or not there is anything to copy, so that
+  /// counting groups is counting slots.
   __device__ void start(const DecodeParams& p, std::uint32_t ring, int b, int kv_head,
                         int first_slot, int first, int end) {
     ring_ = ring;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which piece of the work a decode block does. A row tile (sequence, tile of packed query rows, KV
 // head) is cut along its keys into pieces. Two ways of cutting:
-//   splits = n   every row tile in n equal pieces, one block each. With n = 1 a row's result depends
+//   splits = n   every row tile in n equal pieces, one block each. With n = 1 a row's result
+//   depends
 //                on nothing but the row.
 //   splits = 0   all key tiles of the batch in one line (sequence, row tile, KV head fastest), the
 //                line cut in equal parts, one per block of a grid that fills the machine once. A
@@ -29,7 +30,7 @@ struct DecodePiece {
 /// One sequence as the kernel needs it; equal in all threads.
 template <int RowTile, int TileKeys>
 struct DecodeSequence {
-  int rows;              ///< packed query rows: positions * group
+  int rows;  ///< packed query rows: positions * group
   int length_q, length_k;
   std::int64_t first_q;  ///< row of position 0 in the query tensor
   int first_slot;        ///< slot of token 0

@@ -2,6 +2,5 @@
 #include "hopper/kernels/decode.cuh"
 
 namespace sinkattn::hopper {
-template Status launch_decode_instance<192, 128, 1, true>(const DecodeParams&, int,
-                                                           cudaStream_t);
+template Status launch_decode_instance<192, 128, 1, true>(const DecodeParams&, int, cudaStream_t);
 }  // namespace sinkattn::hopper

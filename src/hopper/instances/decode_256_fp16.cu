@@ -2,6 +2,5 @@
 #include "hopper/kernels/decode.cuh"
 
 namespace sinkattn::hopper {
-template Status launch_decode_instance<256, 256, 1, false>(const DecodeParams&, int,
-                                                           cudaStream_t);
+template Status launch_decode_instance<256, 256, 1, false>(const DecodeParams&, int, cudaStream_t);
 }  // namespace sinkattn::hopper

@@ -2,8 +2,6 @@
 #include "hopper/kernels/decode.cuh"
 
 namespace sinkattn::hopper {
-template Status launch_decode_instance<64, 64, 1, false>(const DecodeParams&, int,
-                                                           cudaStream_t);
-template Status launch_decode_instance<64, 64, 2, false>(const DecodeParams&, int,
-                                                           cudaStream_t);
+template Status launch_decode_instance<64, 64, 1, false>(const DecodeParams&, int, cudaStream_t);
+template Status launch_decode_instance<64, 64, 2, false>(const DecodeParams&, int, cudaStream_t);
 }  // namespace sinkattn::hopper

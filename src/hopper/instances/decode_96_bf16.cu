@@ -2,8 +2,6 @@
 #include "hopper/kernels/decode.cuh"
 
 namespace sinkattn::hopper {
-template Status launch_decode_instance<96, 96, 1, true>(const DecodeParams&, int,
-                                                           cudaStream_t);
-template Status launch_decode_instance<96, 96, 2, true>(const DecodeParams&, int,
-                                                           cudaStream_t);
+template Status launch_decode_instance<96, 96, 1, true>(const DecodeParams&, int, cudaStream_t);
+template Status launch_decode_instance<96, 96, 2, true>(const DecodeParams&, int, cudaStream_t);
 }  // namespace sinkattn::hopper

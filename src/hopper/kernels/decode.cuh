@@ -42,8 +42,9 @@ struct DecodeConfig {
   using Results = WarpResults<warps, rows, ColumnsV>;
 };
 
-/// Shared memory of a block. Where there is room the results of the warps have a place of their own:
-/// then the rings fill for the next piece while the last one is finished. Else they lie in the rings.
+/// Shared memory of a block. Where there is room the results of the warps have a place of their
+/// own: then the rings fill for the next piece while the last one is finished. Else they lie in the
+/// rings.
 template <class C>
 struct DecodeSmem {
   static constexpr int per_block = 228 * 1024 / C::tuning.blocks - 1024;
@@ -54,8 +55,7 @@ struct DecodeSmem {
   static constexpr int work = 512;
   static constexpr bool overlap = rings + results + query + work <= most;
   static constexpr int results_at = overlap ? rings : 0;
-  static constexpr int query_at =
-      overlap ? rings + results : (rings > results ? rings : results);
+  static constexpr int query_at = overlap ? rings + results : (rings > results ? rings : results);
   static constexpr int work_at = query_at + query;
   static constexpr int bytes = work_at + work;
   static_assert(sizeof(typename C::Work) <= work);

@@ -24,9 +24,8 @@ struct FastDivisor {
 #if defined(__CUDACC__)
   __device__ int divide(int n) const {
     if (divisor == 1) return n;
-    return static_cast<int>((static_cast<std::uint64_t>(static_cast<std::uint32_t>(n)) *
-                             multiplier) >>
-                            shift);
+    return static_cast<int>(
+        (static_cast<std::uint64_t>(static_cast<std::uint32_t>(n)) * multiplier) >> shift);
   }
 #endif
 };
@@ -67,10 +66,10 @@ struct DecodeParams {
   Mask mask;
   int batch, heads_kv, group, head_dim, head_dim_v;
   bool packed_q, packed_k;
-  float scale;        ///< of a raw score, in natural units; 1 with a softcap
-  float scale_log2;   ///< the same times log2 e
-  float softcap;      ///< 0: off
-  float softcap_in;   ///< 2 log2 e * softmax_scale / softcap: argument of the tanh
+  float scale;       ///< of a raw score, in natural units; 1 with a softcap
+  float scale_log2;  ///< the same times log2 e
+  float softcap;     ///< 0: off
+  float softcap_in;  ///< 2 log2 e * softmax_scale / softcap: argument of the tanh
   FastDivisor page_size, by_group;
   int row_tiles;       ///< of the longest sequence
   int splits;          ///< n: every row tile in n pieces; 0: work shared out evenly over the grid
@@ -88,8 +87,8 @@ struct DecodeLaunch {
   int splits = 1;                  ///< as in DecodeParams
   int row_tiles = 1;               ///< of the longest sequence
   int grid = 0;
-  int cuts = 0;                    ///< entries of the list for the merge
-  std::int64_t slots = 0;          ///< pieces in the workspace
+  int cuts = 0;            ///< entries of the list for the merge
+  std::int64_t slots = 0;  ///< pieces in the workspace
   std::size_t lse_offset = 0, cuts_offset = 0, bytes = 0;
 };
 

@@ -12,8 +12,8 @@
 namespace sinkattn::hopper {
 namespace {
 
-constexpr int row_warps = 2;    // that share the pieces of a row
-constexpr int block_rows = 8;   // at a time
+constexpr int row_warps = 2;   // that share the pieces of a row
+constexpr int block_rows = 8;  // at a time
 constexpr int block_threads = 32 * row_warps * block_rows;
 constexpr int loads_in_flight = 8;  // of a lane, 16 bytes each
 constexpr unsigned all_lanes = 0xffffffffu;
