@@ -8,8 +8,9 @@
 // shapes, a table of common ones is measured.
 //
 // Device time: CUDA events around one call, L2 flushed before it, median of the repeats. TFLOPS
-// count the visible query-key pairs alone, 2 (d + dv) each. Host time: what a call to
-// plan_forward() and forward() costs the calling thread, beside the bare launch of an empty kernel.
+// count the visible query-key pairs alone, 2 (d + dv) each. MHz is the clock of one multiprocessor
+// right behind the timed calls: under load the power limit moves it. Host time: what plan_forward()
+// and forward() cost the calling thread, beside the bare launch of an empty kernel.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -57,6 +58,20 @@ __global__ void fill_normal(std::uint16_t* data, std::int64_t count, unsigned se
     data[i] =
         half ? __half_as_ushort(__float2half_rn(x)) : __bfloat16_as_ushort(__float2bfloat16_rn(x));
   }
+}
+
+/// Clock of the multiprocessor it runs on, in MHz, over 50 us.
+__global__ void measure_clock(float* megahertz) {
+  const auto nanoseconds = [] {
+    std::uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+  };
+  const std::uint64_t begin = nanoseconds();
+  const long long cycles = clock64();
+  std::uint64_t now = begin;
+  while (now - begin < 50000) now = nanoseconds();
+  *megahertz = static_cast<float>(clock64() - cycles) * 1e3f / static_cast<float>(now - begin);
 }
 
 /// Parameters of about the size that the attention kernels have.
@@ -199,6 +214,11 @@ class Case {
 
   void run() const { require(forward(params_, plan_, context_)); }
 
+  void plan_only() const {
+    Plan plan;
+    require(plan_forward(params_, device_, &plan));
+  }
+
   /// Checks, decides and launches, as a caller without a cached plan does.
   void plan_and_run() const {
     Plan plan;
@@ -259,22 +279,30 @@ T median(std::vector<T> values) {
   return values[values.size() / 2];
 }
 
-/// Milliseconds of each call, L2 flushed before it.
-std::vector<float> device_times(const Case& work, int repeats, const DeviceMemory& flush) {
+struct Timing {
+  std::vector<float> milliseconds, megahertz;
+};
+
+/// Each call by itself, L2 flushed before it.
+Timing device_times(const Case& work, int repeats, const DeviceMemory& flush) {
   cudaEvent_t begin, end;
   require(cudaEventCreate(&begin), "cudaEventCreate");
   require(cudaEventCreate(&end), "cudaEventCreate");
+  const DeviceMemory clock(sizeof(float));
   constexpr int warm_up = 3;
-  std::vector<float> times;
+  Timing times;
   for (int i = 0; i < warm_up + repeats; ++i) {
     require(cudaMemsetAsync(flush.data(), i, flush.bytes()), "flush");
     require(cudaEventRecord(begin), "cudaEventRecord");
     work.run();
     require(cudaEventRecord(end), "cudaEventRecord");
-    require(cudaEventSynchronize(end), "forward");
-    float milliseconds = 0;
-    require(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
-    if (i >= warm_up) times.push_back(milliseconds);
+    measure_clock<<<1, 1>>>(static_cast<float*>(clock.data()));
+    float ms = 0, mhz = 0;
+    require(cudaMemcpy(&mhz, clock.data(), sizeof(mhz), cudaMemcpyDeviceToHost), "forward");
+    require(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+    if (i < warm_up) continue;
+    times.milliseconds.push_back(ms);
+    times.megahertz.push_back(mhz);
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
@@ -338,16 +366,17 @@ int main(int argc, char** argv) {
   std::printf("%s, %d multiprocessors, CUDA %d.%d; sinkattn %s, %s, %s\n", properties.name,
               properties.multiProcessorCount, driver / 1000, driver % 1000 / 10, version(),
               options.half ? "fp16" : "bf16", options.sink ? "with sink" : "no sink");
-  std::printf("%-30s %9s %9s %9s %8s  %s\n", "shape", "ms", "min", "max", "TFLOPS", "kernel");
+  std::printf("%-30s %9s %9s %9s %8s %6s  %s\n", "shape", "ms", "min", "max", "TFLOPS", "MHz",
+              "kernel");
   const DeviceMemory flush(std::size_t{256} << 20);
   for (const Shape& shape : options.shapes) {
     const Case work(shape, options);
-    const std::vector<float> times = device_times(work, options.repeats, flush);
-    const float ms = median(times);
-    std::printf("%-30s %9.3f %9.3f %9.3f %8.1f  %s\n", shape.text.c_str(), ms,
-                *std::min_element(times.begin(), times.end()),
-                *std::max_element(times.begin(), times.end()), work.flops() / ms * 1e-9,
-                work.plan().kernel);
+    const Timing times = device_times(work, options.repeats, flush);
+    const auto [fastest, slowest] =
+        std::minmax_element(times.milliseconds.begin(), times.milliseconds.end());
+    const float ms = median(times.milliseconds);
+    std::printf("%-30s %9.3f %9.3f %9.3f %8.1f %6.0f  %s\n", shape.text.c_str(), ms, *fastest,
+                *slowest, work.flops() / ms * 1e-9, median(times.megahertz), work.plan().kernel);
     std::fflush(stdout);
   }
 
@@ -358,9 +387,11 @@ int main(int argc, char** argv) {
     Shape shape;
     parse_shape(text, &shape);
     const Case work(shape, options);
+    const double plan = host_time([&] { work.plan_only(); });
     const double run = host_time([&] { work.run(); });
     const double both = host_time([&] { work.plan_and_run(); });
-    std::printf("%-30s forward %.2f, plan_forward + forward %.2f\n", text, run, both);
+    std::printf("%-30s plan_forward %.2f, forward %.2f, both %.2f, both less the launch %.2f\n",
+                text, plan, run, both, both - launch);
   }
   return 0;
 }

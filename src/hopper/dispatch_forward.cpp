@@ -34,7 +34,7 @@ const ForwardInstance* instance_for(const ForwardProblem& p) {
 /// Where things lie in the workspace.
 struct ForwardLayout {
   std::int64_t rows;  ///< query rows of all batch entries
-  std::size_t counter = 0, out_partial, lse_partial, bytes;
+  std::size_t out_partial, lse_partial, bytes;
 
   ForwardLayout(const ForwardProblem& p, int splits) {
     rows = p.packed_q ? p.rows_q : p.batch * p.rows_q;
