@@ -116,8 +116,10 @@ def test_groups_and_positions(group, sq, device):
 
 @pytest.mark.parametrize(
     "dims",
-    [(8, 8), (40, 72), (64, 64), (64, 128), (80, 48), (96, 96), (104, 104), (128, 128), (160, 96)]
-    + [(192, 128), (192, 192), (248, 256), (256, 256)],
+    [
+        *((8, 8), (40, 72), (64, 64), (64, 128), (80, 48), (96, 96), (104, 104), (128, 128)),
+        *((160, 96), (192, 128), (192, 192), (248, 256), (256, 256)),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_head_dims(dims, dtype, device):
@@ -347,11 +349,14 @@ def test_nan_scores_reach_the_result(device):
     lengths = ints(device, 300, 300)
     for splits in (0, 1, 3):
         out, lse = cache.run(lengths, num_splits=splits)
-        assert out[0].isnan().all() and lse[0].isnan().all()
-        assert out[1].isfinite().all() and lse[1].isfinite().all()
+        assert out[0].isnan().all()
+        assert lse[0].isnan().all()
+        assert out[1].isfinite().all()
+        assert lse[1].isfinite().all()
         # Below the end of the window it is not seen.
         out, lse = cache.run(lengths, num_splits=splits, causal=True, window_size=(50, 0))
-        assert out.isfinite().all() and lse.isfinite().all()
+        assert out.isfinite().all()
+        assert lse.isfinite().all()
 
 
 def test_extreme_scores(device):
