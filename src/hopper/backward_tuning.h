@@ -10,52 +10,39 @@ namespace sinkattn::hopper {
 inline constexpr int backward_tile_queries = 64;
 
 /// L2 that the accumulator, Q and dO of the heads in work may take: of the pairs of a section, each
-/// counted with one head; and of the heads of a group that one launch loops over.
+/// counted with one head; and of the heads of a group that one block loops over.
 inline constexpr long long l2_of_section = 24ll << 20;
-inline constexpr long long l2_of_heads = 34ll << 20;
+inline constexpr long long l2_of_heads = 48ll << 20;
 
 /// The key pass: 128 keys per block, 64 in each of two main warpgroups.
 /// stages: query tiles (Q, dO and their statistics) in flight, and dS tiles between the main
 /// warpgroups and the warpgroup of dQ.
-/// key_in_registers, value_in_registers: K or V as register operand, which halves the shared-memory
-/// reads of S or dP.
-/// scores_ahead: S of the next tile is issued before dV and dK of this one. dout_ahead: and dP
-/// behind them, which takes registers. third_group_adds_keys: dK is formed by the warpgroup of dQ
-/// instead of the main ones. producer_group: a warpgroup of its own for copies; otherwise a lane of
-/// the dQ warpgroup copies. bulk_reduction: dQ goes to the accumulator through shared memory and
-/// the copy engine instead of reductions from registers. dq_columns: columns of dQ accumulated at a
-/// time. statistics_window: pairs of LSE2 or D' (of 8 per thread and tile) held in registers.
+/// scores_ahead: S of the next tile is issued before dV and dK of this one.
+/// producer_group: a warpgroup of its own for copies; otherwise a lane of the dQ warpgroup copies.
+/// dq_columns: columns of dQ accumulated at a time.
+/// statistics_window: pairs of LSE2 or D' (of 8 per thread and tile) held in registers.
 template <int D, int DV>
 struct KeyPassTuning;
 
 template <>
 struct KeyPassTuning<64, 64> {
   static constexpr int stages = 4, dq_columns = 64, statistics_window = 8;
-  static constexpr bool key_in_registers = false, value_in_registers = false;
-  static constexpr bool scores_ahead = true, dout_ahead = true, third_group_adds_keys = false;
-  static constexpr bool bulk_reduction = false;
-  static constexpr bool producer_group = true;
-  static constexpr int producer_registers = 24, third_registers = 88, main_registers = 200;
+  static constexpr bool scores_ahead = true, producer_group = true;
+  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
 };
 
 template <>
 struct KeyPassTuning<96, 96> {
   static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
-  static constexpr bool key_in_registers = false, value_in_registers = false;
-  static constexpr bool scores_ahead = false, dout_ahead = false, third_group_adds_keys = false;
-  static constexpr bool bulk_reduction = false;
-  static constexpr bool producer_group = false;
-  static constexpr int producer_registers = 0, third_registers = 56, main_registers = 224;
+  static constexpr bool scores_ahead = false, producer_group = false;
+  static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
 template <>
 struct KeyPassTuning<128, 128> {
   static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
-  static constexpr bool key_in_registers = false, value_in_registers = false;
-  static constexpr bool scores_ahead = false, dout_ahead = false, third_group_adds_keys = false;
-  static constexpr bool bulk_reduction = false;
-  static constexpr bool producer_group = false;
-  static constexpr int producer_registers = 0, third_registers = 56, main_registers = 224;
+  static constexpr bool scores_ahead = false, producer_group = false;
+  static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
 /// The key pass for large head dims: 64 keys per block, shared by two main warpgroups.
@@ -65,15 +52,13 @@ struct WideKeyPassTuning;
 template <>
 struct WideKeyPassTuning<192, 128> {
   static constexpr int stages = 3, dq_columns = 64;
-  static constexpr bool bulk_reduction = false;
-  static constexpr int producer_registers = 24, third_registers = 88, main_registers = 200;
+  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
 };
 
 template <>
 struct WideKeyPassTuning<256, 256> {
   static constexpr int stages = 2, dq_columns = 64;
-  static constexpr bool bulk_reduction = false;
-  static constexpr int producer_registers = 24, third_registers = 104, main_registers = 192;
+  static constexpr int producer_registers = 24, dq_registers = 104, main_registers = 192;
 };
 
 /// The query pass: 128 query rows per block, 64 in each of two main warpgroups.

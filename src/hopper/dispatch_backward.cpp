@@ -38,19 +38,6 @@ std::int64_t bytes_of_head(const BackwardProblem& problem, CompiledDims dims) {
   return std::max<std::int64_t>(1, problem.longest_q) * (2 * (dims.d + dims.dv) + 4 * dims.d);
 }
 
-/// Parts that the query heads of a group are split into, so that there are blocks for every
-/// multiprocessor. 1 where the blocks suffice: then dK and dV are stored once, from registers. 1 in
-/// deterministic mode: the order of a sum must not depend on what else is in the batch.
-int group_splits(const BackwardProblem& problem, const BackwardInstance& instance, int sm_count) {
-  if (problem.dk.data == nullptr || problem.deterministic) return 1;
-  const std::int64_t rows = problem.packed_k ? problem.rows_k : problem.batch * problem.rows_k;
-  const std::int64_t blocks = ceil_div(rows, instance.key_pass_keys) * problem.heads_kv;
-  const std::int64_t wanted = 2 * std::max(1, sm_count);
-  if (problem.group == 1 || blocks >= wanted * 3 / 4 || blocks == 0) return 1;
-  const std::int64_t splits = std::min(problem.group, ceil_div(wanted, blocks));
-  return static_cast<int>(ceil_div(problem.group, ceil_div(problem.group, splits)));
-}
-
 /// dQ comes from the query pass where nothing may be added in undefined order, and where the key
 /// pass has nothing else to do; otherwise from the key pass through the accumulator.
 bool uses_query_pass(const BackwardProblem& problem) {
@@ -61,15 +48,25 @@ bool uses_accumulator(const BackwardProblem& problem) {
   return problem.dq.data != nullptr && !uses_query_pass(problem);
 }
 
-/// Launches of the key pass, each for some query heads of every group. Blocks drift apart over
-/// their heads; what they touch of the accumulator, Q and dO at one time should stay in L2. dK and
-/// dV go from launch to launch as fp32 sums, in order.
-int group_parts(const BackwardProblem& problem, const BackwardInstance& instance, int splits) {
-  if (splits > 1 || problem.dk.data == nullptr || !uses_accumulator(problem)) return 1;
-  const std::int64_t heads =
-      std::max<std::int64_t>(1, l2_of_heads / bytes_of_head(problem, instance.dims));
-  if (!instance.parts_from_l2 || problem.group <= heads) return 1;
-  return static_cast<int>(ceil_div(problem.group, heads));
+/// Parts that the query heads of a group are split into, for two reasons. Too few blocks for the
+/// machine; and L2: blocks drift apart over the heads they loop over, and what all of them touch of
+/// the accumulator, Q and dO at one time should stay there. 1 otherwise: then dK and dV are stored
+/// once, from registers. 1 in deterministic mode: the order of a sum must not depend on what else
+/// is in the batch.
+int group_splits(const BackwardProblem& problem, const BackwardInstance& instance, int sm_count) {
+  if (problem.dk.data == nullptr || problem.deterministic || problem.group == 1) return 1;
+  const std::int64_t rows = problem.packed_k ? problem.rows_k : problem.batch * problem.rows_k;
+  const std::int64_t blocks =
+      std::max<std::int64_t>(1, ceil_div(rows, instance.key_pass_keys) * problem.heads_kv);
+  const std::int64_t wanted = 2 * std::max(1, sm_count);
+  std::int64_t splits = blocks >= wanted * 3 / 4 ? 1 : ceil_div(wanted, blocks);
+  if (instance.splits_for_l2 && uses_accumulator(problem)) {
+    const std::int64_t heads =
+        std::max<std::int64_t>(1, l2_of_heads / bytes_of_head(problem, instance.dims));
+    splits = std::max(splits, ceil_div(problem.group, heads));
+  }
+  splits = std::min(splits, problem.group);
+  return static_cast<int>(ceil_div(problem.group, ceil_div(problem.group, splits)));
 }
 
 /// The workspace behind the plan; the number of splits is in the plan.
@@ -80,13 +77,12 @@ struct Workspace {
   Workspace(const BackwardProblem& problem, const BackwardInstance& instance, int splits)
       : prepare(problem) {
     const CompiledDims dims = instance.dims;
-    const bool partial = splits > 1 || group_parts(problem, instance, splits) > 1;
     const auto aligned = [](std::int64_t n) {
       return static_cast<std::size_t>(ceil_div(n, 256)) * 256;
     };
     const std::int64_t batch_q = problem.packed_q ? 1 : problem.batch;
     const std::int64_t batch_k = problem.packed_k ? 1 : problem.batch;
-    const std::int64_t keys = partial && problem.dk.data != nullptr
+    const std::int64_t keys = splits > 1 && problem.dk.data != nullptr
                                   ? splits * batch_k * problem.rows_k * problem.heads_kv
                                   : 0;
     const bool with_dq = uses_accumulator(problem);
@@ -167,18 +163,7 @@ Status launch_key_pass(const BackwardProblem& problem, const BackwardInstance& i
   p.tiles = static_cast<int>(tiles);
   p.section = pairs_per_section(problem, instance.dims);
   if (grid == 0) return {};
-  const int parts = group_parts(problem, instance, p.splits);
-  const int heads = static_cast<int>(ceil_div(p.group, parts));
-  for (int part = 0; part < parts; ++part) {
-    p.first_head = part * heads;
-    p.end_head = std::min(p.group, p.first_head + heads);
-    p.heads_per_split = static_cast<int>(ceil_div(p.end_head - p.first_head, p.splits));
-    p.adds_partial = part > 0;
-    p.keeps_partial = p.splits > 1 || part + 1 < parts;
-    SINKATTN_RETURN_IF_ERROR(
-        instance.key_pass(p, problem.query.dtype, static_cast<unsigned>(grid), stream));
-  }
-  return {};
+  return instance.key_pass(p, problem.query.dtype, static_cast<unsigned>(grid), stream);
 }
 
 Status launch_query_pass(const BackwardProblem& problem, const BackwardInstance& instance,
@@ -221,7 +206,8 @@ Status launch_main(const BackwardProblem& problem, const BackwardInstance& insta
   p.softmax_d = floats(layout.prepare.d_offset);
   p.statistic_rows = layout.prepare.rows;
   p.splits = splits;
-  if (layout.dv_offset > layout.dk_offset) {
+  p.heads_per_split = static_cast<int>(ceil_div(problem.group, splits));
+  if (splits > 1) {
     p.dk_partial = floats(layout.dk_offset);
     p.dv_partial = floats(layout.dv_offset);
     p.partial_stride = (problem.packed_k ? 1 : problem.batch) * problem.rows_k * problem.heads_kv;

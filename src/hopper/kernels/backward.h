@@ -22,7 +22,7 @@ struct BackwardArguments {
   const float* lse2;  ///< prepare's statistics, see PrepareLayout
   const float* softmax_d;
   float* dq_accumulator;  ///< (b, h, rows, d) fp32 in tiles of 64 rows, fragment order; or null
-  float* dk_partial;      ///< (splits, b, rows_k, hk, d) fp32 where a group is divided; or null
+  float* dk_partial;      ///< (splits, b, rows_k, hk, d) fp32 where a group is split; or null
   float* dv_partial;
   SequenceSide side_q, side_k;
   Mask mask;
@@ -34,11 +34,7 @@ struct BackwardArguments {
   /// tanh(S * score_scale) * score_cap. score_cap is 0 without softcap.
   float score_scale, score_cap;
   int heads_q, heads_kv, group;
-  // Query heads of a group that one block of the key pass handles: heads [first_head, end_head),
-  // divided among `splits` blocks.
-  int first_head, end_head, splits, heads_per_split;
-  bool adds_partial;   ///< add what an earlier launch left in the partial gradients
-  bool keeps_partial;  ///< leave the sums there, instead of storing dk and dv
+  int splits, heads_per_split;  ///< query heads of a group that one block of the key pass handles
   int head_dim, head_dim_v;
   int batch, tiles, section;  ///< tiles per (sequence, head); pairs scheduled together
   bool packed_q, packed_k, has_dout;

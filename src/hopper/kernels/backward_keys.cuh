@@ -6,12 +6,10 @@
 //   S^T = K Q^T, dP^T = V dO^T       P = exp2(S c - LSE2), dS = P (dP - D')
 //   dV += P^T dO, dK += dS^T Q       operands P^T, dS^T are the accumulators just computed
 // and put dS into a ring of shared-memory tiles. A third warpgroup turns them into dQ = dS K and
-// adds that to the fp32 accumulator in L2. Where registers allow (d 64) it also takes dK over, with
-// dS from shared memory: then the three have about the same share of the matrix products. Nothing
-// synchronises the block as a whole: the warpgroups drift apart until one's exponentials run under
-// the others' matrix products.
+// adds that to the fp32 accumulator in L2. Nothing synchronises the block as a whole: the two main
+// warpgroups drift apart until one's exponentials run under the other's matrix products.
 //
-// Here: shared memory, barriers, and the roles that copy and that form dQ and dK. The main
+// Here: shared memory, barriers, and the roles that copy and that form dQ. The main
 // warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
 #pragma once
 
@@ -40,8 +38,6 @@ struct KeyPass {
   static constexpr int stages = Tuning::stages;
   // With softcap there are too many values per score to have S of the next tile as well.
   static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
-  static constexpr bool key_in_registers = Tuning::key_in_registers && !softcap;
-  static constexpr bool value_in_registers = Tuning::value_in_registers && !softcap;
   static constexpr bool producer_group = Tuning::producer_group;
   static constexpr int threads = producer_group ? 512 : 384;
   static constexpr int first_main_group = threads / 128 - 2;
@@ -52,7 +48,6 @@ struct KeyPass {
   using ScoreTile = Tile<queries, keys>;  ///< dS as [query][key], a slab per main warpgroup
   static constexpr ptx::Major score_major = ptx::Major::k;  ///< dS as operand A of dQ
   static constexpr int probability_bytes = 0;               ///< P in shared memory, per slot
-  static constexpr bool third_group_adds_keys = Tuning::third_group_adds_keys;
   template <class C>
   using Main = KeyPassMain<C>;
 
@@ -69,9 +64,7 @@ struct KeyPassSmem {
   static constexpr int dout = query + C::stages * C::QueryTile::bytes;
   static constexpr int score = dout + C::stages * C::DoutTile::bytes;
   static constexpr int probability = score + C::stages * C::ScoreTile::bytes;
-  static constexpr int reduction = probability + C::stages * C::probability_bytes;
-  static constexpr int reduction_bytes = C::queries * C::Tuning::dq_columns * 4;
-  static constexpr int lse2 = reduction + (C::Tuning::bulk_reduction ? 2 * reduction_bytes : 0);
+  static constexpr int lse2 = probability + C::stages * C::probability_bytes;
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
@@ -108,7 +101,7 @@ struct KeyPassBarriers {
     for (int i = 0; i < C::stages; ++i) {
       ptx::mbarrier_init(query_full + i, 1);
       ptx::mbarrier_init(dout_full + i, 1);
-      ptx::mbarrier_init(stage_empty + i, C::third_group_adds_keys ? 12 : 8);
+      ptx::mbarrier_init(stage_empty + i, 8);
       ptx::mbarrier_init(score_full + i, 8);
       ptx::mbarrier_init(score_empty + i, 4);
     }
@@ -140,8 +133,8 @@ struct KeyPassWork {
 
   __device__ KeyPassWork(const BackwardArguments& p, const KeyPassPlace& place_, int keys)
       : place(place_), sequence(p, place_.b) {
-    const int first = p.first_head + place.split * p.heads_per_split;
-    const int heads = min(p.heads_per_split, p.end_head - first);
+    const int first = place.split * p.heads_per_split;
+    const int heads = min(p.heads_per_split, p.group - first);
     first_head = place.kv_head * p.group + first;
     tiles = query_tiles(p.mask, place.first_key, place.first_key + keys, sequence.queries.length,
                         sequence.keys.length);
@@ -265,29 +258,6 @@ struct KeyPassProducer {
   }
 };
 
-/// Adds a piece of dQ to the accumulator through one of two buffers in shared memory.
-template <class C, int Registers>
-__device__ __forceinline__ void reduce_by_copy_engine(const float (&dq)[Registers], char* smem,
-                                                      int buffer, float* accumulator) {
-  constexpr int barrier_free = 2, barrier_written = 3;  // named barriers of the third warpgroup
-  using Smem = KeyPassSmem<C>;
-  const int thread = threadIdx.x % 128;
-  char* staged = smem + Smem::reduction + buffer * Smem::reduction_bytes;
-  if (thread == 0) ptx::bulk_wait_read<1>();
-  ptx::named_barrier_sync(barrier_free, 128);
-#pragma unroll
-  for (int j = 0; j < Registers / 4; ++j) {
-    reinterpret_cast<float4*>(staged)[j * 128 + thread] =
-        make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-  }
-  ptx::fence_proxy_async_shared();
-  ptx::named_barrier_sync(barrier_written, 128);
-  if (thread == 0) {
-    ptx::bulk_reduce_add(accumulator, ptx::shared_address(staged), Smem::reduction_bytes);
-    ptx::bulk_commit();
-  }
-}
-
 /// dQ of one tile: dS K in pieces of dq_columns, each added to the accumulator when it is complete.
 /// release() runs when the last product is.
 template <class C, class Release>
@@ -320,40 +290,12 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     if (piece == pieces - 1) release();
-    if constexpr (C::Tuning::bulk_reduction) {
-      reduce_by_copy_engine<C>(dq, smem, piece % 2, accumulator + piece * C::queries * columns);
-    } else {
 #pragma unroll
-      for (int j = 0; j < columns / 8; ++j) {
-        ptx::reduce_add(accumulator + ((column / 8 + j) * 128 + thread) * 4, dq[4 * j],
-                        dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-      }
+    for (int j = 0; j < columns / 8; ++j) {
+      ptx::reduce_add(accumulator + ((column / 8 + j) * 128 + thread) * 4, dq[4 * j], dq[4 * j + 1],
+                      dq[4 * j + 2], dq[4 * j + 3]);
     }
   }
-}
-
-/// dK += dS^T Q for the keys of both main warpgroups; issued, not waited for. dS^T is the stored
-/// [query][key] tile read as a transposed operand.
-template <class C>
-__device__ __forceinline__ void multiply_key_gradients(float (&dk)[2][C::d / 2], char* smem,
-                                                       int stage) {
-  using Smem = KeyPassSmem<C>;
-  const std::uint32_t score = ptx::shared_address(smem + Smem::score + stage * C::ScoreTile::bytes);
-  const std::uint64_t query =
-      descriptor::mn_major(ptx::shared_address(smem + Smem::query + stage * C::QueryTile::bytes),
-                           C::QueryTile::slab_bytes);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int group = 0; group < 2; ++group) {
-    const std::uint64_t a =
-        descriptor::mn_major(score + group * C::ScoreTile::slab_bytes, C::ScoreTile::slab_bytes);
-#pragma unroll
-    for (int k = 0; k < C::queries / 16; ++k) {
-      ptx::wgmma_ss<typename C::T, C::d, ptx::Major::mn, ptx::Major::mn>(
-          dk[group], a + k * descriptor::mn_step, query + k * descriptor::mn_step, 1);
-    }
-  }
-  ptx::wgmma_commit();
 }
 
 /// Waits until dS of a tile is there. Where there is no producer warpgroup one lane, which
@@ -372,6 +314,34 @@ __device__ __forceinline__ void wait_for_scores(KeyPassProducer<C>& producer, bo
     __syncwarp();
   }
   ptx::mbarrier_wait(full, phase);  // <- the main warpgroups' publish
+}
+
+/// The dQ warpgroup; it also copies where there is no producer warpgroup.
+template <class C>
+__device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
+                                                    const KeyPassWork& work,
+                                                    const KeyPassBarriers<C>& barriers,
+                                                    char* smem) {
+  if (work.iterations == 0) return;
+  const bool produces = !C::producer_group && threadIdx.x % 128 == 0;
+  KeyPassProducer<C> producer(p, work, barriers, smem);
+  if (produces) producer.load_keys();
+  if (p.dq_accumulator == nullptr) {
+    while (produces && producer.left > 0) producer.load_tile();
+    return;
+  }
+  QueryWalk walk(p, work);
+  RingPosition<C::stages> ring;
+  for (int i = 0; i < work.iterations; ++i) {
+    wait_for_scores<C>(producer, produces, barriers.score_full + ring.slot, ring.phase);
+    if (i == 0) ptx::mbarrier_wait(barriers.keys_full, 0);
+    add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + walk.row * C::d, [&] {
+      __syncwarp();
+      if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_empty + ring.slot);
+    });
+    walk.advance();
+    ring.advance();
+  }
 }
 
 }  // namespace sinkattn::hopper

@@ -4,7 +4,6 @@
 
 #include "hopper/kernels/backward_keys.cuh"
 #include "hopper/kernels/backward_keys_main.cuh"
-#include "hopper/kernels/backward_keys_third.cuh"
 #include "hopper/kernels/backward_keys_wide.cuh"
 
 namespace sinkattn::hopper {
@@ -34,17 +33,6 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
   ptx::fence_proxy_async_shared();
 }
 
-/// Moves this warpgroup from the registers of the launch to `Count`.
-template <int Count, int Threads>
-__device__ __forceinline__ void set_registers() {
-  constexpr int launched = Threads == 512 ? 128 : 168;
-  if constexpr (Count > launched) {
-    ptx::registers_increase<Count>();
-  } else {
-    ptx::registers_decrease<Count>();
-  }
-}
-
 template <class C>
 __global__ void __launch_bounds__(C::threads, 1)
     backward_keys_kernel(const __grid_constant__ BackwardArguments p) {
@@ -66,14 +54,10 @@ __global__ void __launch_bounds__(C::threads, 1)
       while (producer.left > 0) producer.load_tile();
     }
   } else if (group == C::first_main_group - 1) {
-    set_registers<Tuning::third_registers, C::threads>();
-    if constexpr (C::third_group_adds_keys) {
-      key_gradient_role<C>(p, work, barriers, smem);
-    } else {
-      query_gradient_role<C>(p, work, barriers, smem);
-    }
+    ptx::registers_decrease<Tuning::dq_registers>();
+    query_gradient_role<C>(p, work, barriers, smem);
   } else {
-    set_registers<Tuning::main_registers, C::threads>();
+    ptx::registers_increase<Tuning::main_registers>();
     typename C::template Main<C>(p, barriers, smem).run();
   }
 }

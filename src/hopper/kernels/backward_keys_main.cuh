@@ -15,7 +15,6 @@ struct KeyPassMain {
   using Tuning = typename C::Tuning;
   static constexpr int query_blocks = C::queries / 16;  ///< k16 steps of dV and dK
   static constexpr int score_registers = C::queries / 2;
-  using KeyAccumulator = float[C::third_group_adds_keys ? 1 : C::d / 2];
 
   const BackwardArguments& p;
   const KeyPassBarriers<C>& barriers;
@@ -24,9 +23,6 @@ struct KeyPassMain {
   // Kept in registers: reading the thread index again in every tile is slow.
   std::uint32_t statistics;  ///< address of LSE2 of stage 0, moved to this thread's first column
   std::uint32_t score;       ///< address of slot 0 of dS where this thread stores
-
-  std::uint32_t key_operand[C::key_in_registers ? C::d / 16 : 1][4];
-  std::uint32_t value_operand[C::value_in_registers ? C::dv / 16 : 1][4];
 
   __device__ __forceinline__ KeyPassMain(const BackwardArguments& p_,
                                          const KeyPassBarriers<C>& barriers_, char* smem_)
@@ -40,48 +36,28 @@ struct KeyPassMain {
 
   __device__ __forceinline__ static int warp() { return threadIdx.x % 128 / 32; }
 
-  /// This warpgroup's 64 rows of a tile, as register operand A.
-  template <class Tile, int Blocks>
-  __device__ __forceinline__ void load_operand(std::uint32_t (&a)[Blocks][4], int offset) const {
-    const int lane = threadIdx.x % 32;
-    const int row = group * C::warpgroup_keys + warp() * 16 + lane % 16;
-    const std::uint32_t base = ptx::shared_address(smem + offset);
-#pragma unroll
-    for (int k = 0; k < Blocks; ++k) {
-      const int chunk = 2 * k + lane / 16;
-      ptx::load_matrix_x4(a[k],
-                          base + chunk / 8 * Tile::slab_bytes + swizzled_offset(row, chunk % 8));
-    }
-  }
-
   /// (64 keys) x (64 queries) of A B^T: S^T from K and Q, dP^T from V and dO.
-  template <class KeyTile, class QueryTile, bool InRegisters, int Blocks>
-  __device__ __forceinline__ void multiply_keys(float (&x)[score_registers],
-                                                const std::uint32_t (&a)[Blocks][4], int a_offset,
+  template <class KeyTile, class QueryTile>
+  __device__ __forceinline__ void multiply_keys(float (&x)[score_registers], int a_offset,
                                                 int b_offset) const {
+    const std::uint64_t a = descriptor::k_major(ptx::shared_address(smem + a_offset) +
+                                                group * C::warpgroup_keys * slab_row_bytes);
     const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
-    const std::uint64_t rows = descriptor::k_major(ptx::shared_address(smem + a_offset) +
-                                                   group * C::warpgroup_keys * slab_row_bytes);
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
-      const std::uint64_t b_step = b + descriptor::k_step<QueryTile::slab_bytes>(k);
-      if constexpr (InRegisters) {
-        ptx::wgmma_rs<T, C::queries>(x, a[k], b_step, k != 0);
-      } else {
-        ptx::wgmma_ss<T, C::queries>(x, rows + descriptor::k_step<KeyTile::slab_bytes>(k), b_step,
-                                     k != 0);
-      }
+      ptx::wgmma_ss<T, C::queries>(x, a + descriptor::k_step<KeyTile::slab_bytes>(k),
+                                   b + descriptor::k_step<QueryTile::slab_bytes>(k), k != 0);
     }
   }
 
   __device__ __forceinline__ void multiply_scores(float (&s)[score_registers], int stage) const {
-    multiply_keys<typename C::KeyTile, typename C::QueryTile, C::key_in_registers>(
-        s, key_operand, Smem::key, Smem::query + stage * C::QueryTile::bytes);
+    multiply_keys<typename C::KeyTile, typename C::QueryTile>(
+        s, Smem::key, Smem::query + stage * C::QueryTile::bytes);
   }
 
   __device__ __forceinline__ void multiply_dout(float (&dp)[score_registers], int stage) const {
-    multiply_keys<typename C::ValueTile, typename C::DoutTile, C::value_in_registers>(
-        dp, value_operand, Smem::value, Smem::dout + stage * C::DoutTile::bytes);
+    multiply_keys<typename C::ValueTile, typename C::DoutTile>(
+        dp, Smem::value, Smem::dout + stage * C::DoutTile::bytes);
   }
 
   /// dP^T once dO is there.
@@ -107,25 +83,17 @@ struct KeyPassMain {
     }
   }
 
-  /// The products that end a tile, dV and (unless the third group forms it) dK, around the
-  /// hand-over of dS to the third group.
-  __device__ __forceinline__ void finish_tile(KeyAccumulator& dk, float (&dv)[C::dv / 2],
+  /// The products that end a tile, around the hand-over of dS to the dQ group.
+  __device__ __forceinline__ void finish_tile(float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
                                               const std::uint32_t (&pa)[query_blocks][4],
                                               const std::uint32_t (&dsa)[query_blocks][4],
                                               const RingPosition<C::stages>& ring) const {
     const int stage = ring.slot;
     multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
-    if (hands_over()) publish_score_gradients(ring);
-    if constexpr (!C::third_group_adds_keys) {
-      ptx::wgmma_fence();
-      multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
-    }
+    if (p.dq_accumulator != nullptr) publish_score_gradients(ring);
+    ptx::wgmma_fence();
+    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
     ptx::wgmma_commit();
-  }
-
-  /// Whether the third group wants dS.
-  __device__ __forceinline__ bool hands_over() const {
-    return C::third_group_adds_keys || p.dq_accumulator != nullptr;
   }
 
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
@@ -202,30 +170,25 @@ struct KeyPassMain {
   /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
   /// flight. `previous`: the stage of the last tile, negative before the first.
   __device__ __forceinline__ void step_ahead(float (&s)[score_registers], Statistics& lse,
-                                             KeyAccumulator& dk, float (&dv)[C::dv / 2],
+                                             float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
                                              Position& at, int& previous) const {
     float dp[score_registers];
     std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
     const int stage = at.ring.slot;
     const RingPosition<C::stages> ring = at.ring;
-    if constexpr (Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
+    issue_dout(dp, stage, at.ring.phase);
     probabilities(s, p, lse);
     hold_wait_below(s);
-    ptx::wgmma_wait<Tuning::dout_ahead ? 1 : 0>();  // dV, dK of the previous tile
+    ptx::wgmma_wait<1>();  // dV, dK of the previous tile
     if (previous >= 0) release(previous);
     pack_operand<T>(pa, s);
-    if constexpr (!Tuning::dout_ahead) issue_dout(dp, stage, at.ring.phase);
     Statistics d = softmax_d(stage);
     const TileRange tiles = facts().tiles, full = facts().full;
     ptx::wgmma_wait<0>();  // dP
-    if constexpr (Tuning::dout_ahead) {
-      score_gradients(dp, s, d);
-    } else {
-      score_gradients<T>(dp, pa, d);
-    }
+    score_gradients(dp, s, d);
     pack_operand<T>(dsa, dp);
     if (at.masked(full)) mask(pa, dsa, at.tile);
-    if (hands_over()) store_score_gradients(dsa, ring);
+    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
     previous = stage;
     at.advance(tiles);
     // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
@@ -238,7 +201,7 @@ struct KeyPassMain {
     ptx::wgmma_wait<1>();  // S of the next tile
   }
 
-  __device__ __forceinline__ void run_ahead(KeyAccumulator& dk, float (&dv)[C::dv / 2]) const {
+  __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
     float s[score_registers];
     Position at(facts());
     int previous = -1;
@@ -269,7 +232,8 @@ struct KeyPassMain {
   }
 
   /// One tile after the other; the other warpgroups fill the gaps.
-  __device__ __forceinline__ void run_in_order(KeyAccumulator& dk, float (&dv)[C::dv / 2]) const {
+  __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
+                                               float (&dv)[C::dv / 2]) const {
     Position at(facts());
     do {
       float s[score_registers], dp[score_registers];
@@ -291,7 +255,7 @@ struct KeyPassMain {
       score_gradients<T>(dp, C::softcap ? wa : pa, d);
       pack_operand<T>(dsa, dp);
       if (at.masked(full)) mask(pa, dsa, at.tile);
-      if (hands_over()) store_score_gradients(dsa, at.ring);
+      if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.ring);
       ptx::wgmma_fence();
       finish_tile(dk, dv, pa, dsa, at.ring);
       ptx::wgmma_wait<0>();
@@ -303,17 +267,11 @@ struct KeyPassMain {
   __device__ __forceinline__ void run() {
     if (facts().iterations == 0) return store_zero_gradients<C>(p);
     ptx::mbarrier_wait(barriers.keys_full, 0);
-    KeyAccumulator dk;
-    float dv[C::dv / 2];
-    constexpr int key_registers = sizeof(dk) / sizeof(float);
+    float dk[C::d / 2], dv[C::dv / 2];
 #pragma unroll
-    for (int i = 0; i < key_registers; ++i) dk[i] = 0.0f;
+    for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
-    if constexpr (C::key_in_registers) load_operand<typename C::KeyTile>(key_operand, Smem::key);
-    if constexpr (C::value_in_registers) {
-      load_operand<typename C::ValueTile>(value_operand, Smem::value);
-    }
     if constexpr (C::scores_ahead) {
       run_ahead(dk, dv);
     } else {
@@ -325,7 +283,7 @@ struct KeyPassMain {
     const KeyPassPlace place(p, opaque(blockIdx.x), C::keys);
     const KeyGradientStore<C> to(p, place, first, thread % 128);
     to.value_columns(dv, 0);
-    if constexpr (!C::third_group_adds_keys) to.key_columns(dk, 0);
+    to.key_columns(dk, 0);
   }
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of the key pass: dK and dV from registers to their rows, or to and from partial sums
-// where the query heads of a group are divided among blocks or launches.
+// The end of the key pass: dK and dV from registers to their rows, or to partial sums where the
+// query heads of a group are split among blocks.
 #pragma once
 
 #include "hopper/kernels/backward_keys.cuh"
@@ -52,21 +52,13 @@ struct KeyGradientStore {
     for (int half = 0; half < 2; ++half) {
       if (key + 8 * half >= keys.length) continue;
       const std::int64_t row = keys.first_row + key + 8 * half;
-      float* sums = partial == nullptr
-                        ? nullptr
-                        : partial + partial_row(p, at, row) * padded + start + column;
-      const auto sum = [&](int j) {
-        float2 value = make_float2(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]);
-        if (p.adds_partial) {
-          const float2 earlier = *reinterpret_cast<const float2*>(sums + 8 * j);
-          value.x += earlier.x;
-          value.y += earlier.y;
-        }
-        return value;
-      };
-      if (p.keeps_partial) {
+      if (partial != nullptr) {
+        float* to = partial + partial_row(p, at, row) * padded + start + column;
 #pragma unroll
-        for (int j = 0; j < Registers / 4; ++j) *reinterpret_cast<float2*>(sums + 8 * j) = sum(j);
+        for (int j = 0; j < Registers / 4; ++j) {
+          *reinterpret_cast<float2*>(to + 8 * j) =
+              make_float2(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]);
+        }
         continue;
       }
       T* to = static_cast<T*>(tensor.data) + tensor.offset(p.packed_k ? 0 : at.b, row, at.kv_head) +
@@ -74,9 +66,8 @@ struct KeyGradientStore {
 #pragma unroll
       for (int j = 0; j < Registers / 4; ++j) {
         if (start + 8 * j >= columns) break;
-        const float2 value = sum(j);
         *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
-            ptx::pack<T>(value.x * scale, value.y * scale);
+            ptx::pack<T>(x[4 * j + 2 * half] * scale, x[4 * j + 2 * half + 1] * scale);
       }
     }
   }
@@ -89,7 +80,7 @@ __device__ inline void store_zero_row(const BackwardArguments& p, const KeyPassP
   if (tensor.data == nullptr) return;
   T* to = static_cast<T*>(tensor.data) + tensor.offset(p.packed_k ? 0 : at.b, row, at.kv_head);
   for (int column = 0; column < columns; column += 4) {
-    if (p.keeps_partial) {
+    if (partial != nullptr) {
       *reinterpret_cast<float4*>(partial + partial_row(p, at, row) * padded + column) =
           make_float4(0, 0, 0, 0);
     } else {

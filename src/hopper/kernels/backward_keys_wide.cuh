@@ -265,7 +265,6 @@ struct WideKeyPass {
   using ScoreTile = Tile<keys, queries>;  ///< P and dS as [key][query]
   static constexpr ptx::Major score_major = ptx::Major::mn;
   static constexpr int probability_bytes = ScoreTile::bytes;
-  static constexpr bool third_group_adds_keys = false;
   template <class C>
   using Main = WideKeyPassMain<C>;
 

@@ -10,7 +10,7 @@ namespace sinkattn::hopper {
 struct BackwardInstance {
   CompiledDims dims;
   int key_pass_keys;    ///< keys per block of the key pass, and rows of its K and V boxes
-  bool parts_from_l2;   ///< the heads of a group go in several launches where they overflow L2
+  bool splits_for_l2;   ///< whether splitting the heads of a group pays where they overflow L2
   int query_pass_keys;  ///< keys per tile of the query pass, and rows of its K and V boxes
   Status (*key_pass)(const BackwardArguments&, DType, unsigned grid, cudaStream_t);
   Status (*query_pass)(const BackwardArguments&, DType, unsigned grid, cudaStream_t);
