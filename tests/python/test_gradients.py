@@ -122,8 +122,10 @@ def test_padding_never_matters(garbage, device):
 
 
 def test_training_follows_eager(device):
-    """Two attention layers with sinks, 200 steps: loss and sinks follow the eager run in fp32. On
-    CUDA attention is computed in bf16: it may stray twice as far as eager attention in bf16 does."""
+    """Two attention layers with sinks, 200 steps: loss and sinks follow the eager run in fp32.
+
+    On CUDA attention is computed in bf16: it may stray twice as far as eager attention in bf16.
+    """
     g = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 48, 32, generator=g).to(device)
     target = torch.randn(2, 48, 32, generator=g).to(device)
