@@ -16,15 +16,6 @@ Status cuda_status(cudaError_t error, const char* what) {
 
 Status launch_status(const char* kernel) { return cuda_status(cudaGetLastError(), kernel); }
 
-Status not_built(const char* argument, const char* what) {
-  return Status::error(
-      StatusCode::not_implemented,
-      "%s: expected a CPU tensor (%s has no CUDA kernel yet; on CUDA only the "
-      "backward's prepare pass, dsink and softmax_d, and combine are built), got a CUDA "
-      "tensor",
-      argument, what);
-}
-
 namespace {
 
 Status read_properties(int index, DeviceProperties* properties) {

@@ -13,9 +13,6 @@ namespace sinkattn::hopper {
 /// `what` names the call that failed.
 Status cuda_status(cudaError_t error, const char* what);
 
-/// What the Hopper backend does not serve yet: says so and names what works.
-Status not_built(const char* argument, const char* what);
-
 /// Status of the launch that was just made on this thread.
 Status launch_status(const char* kernel);
 

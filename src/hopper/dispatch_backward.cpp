@@ -235,6 +235,13 @@ bool wants_main_pass(const BackwardProblem& problem) {
   return problem.dq.data != nullptr || problem.dk.data != nullptr;
 }
 
+Status too_wide(const BackwardProblem& problem) {
+  return Status::error(StatusCode::not_implemented,
+                       "q: expected head dims of at most 256 on CUDA, got %lld and %lld",
+                       static_cast<long long>(problem.head_dim),
+                       static_cast<long long>(problem.head_dim_v));
+}
+
 }  // namespace
 
 Status plan_backward(const BackwardProblem& problem, const DeviceProperties& device, Plan* plan) {
@@ -248,7 +255,7 @@ Status plan_backward(const BackwardProblem& problem, const DeviceProperties& dev
     return {};
   }
   const BackwardInstance* instance = find_instance(problem);
-  if (instance == nullptr) return not_built("q", "the backward for head dims above 256");
+  if (instance == nullptr) return too_wide(problem);
   plan->num_splits = group_splits(problem, *instance, device.sm_count);
   plan->tile_m = backward_tile_queries;
   plan->tile_n = instance->key_pass_keys;
@@ -269,7 +276,7 @@ Status backward(const BackwardProblem& problem, const Plan& plan, const Executio
   const cudaStream_t stream = stream_of(context);
   if (!wants_main_pass(problem)) return launch_prepare(problem, context.workspace, {}, stream);
   const BackwardInstance* instance = find_instance(problem);
-  if (instance == nullptr) return not_built("q", "the backward for head dims above 256");
+  if (instance == nullptr) return too_wide(problem);
   const Workspace layout(problem, *instance, plan.num_splits);
   char* memory = static_cast<char*>(context.workspace);
   PrepareAccumulator accumulator;
