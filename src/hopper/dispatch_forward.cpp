@@ -24,7 +24,8 @@ std::size_t aligned(std::int64_t bytes) {
 
 ForwardUse use_of(const ForwardProblem& p) {
   if (p.mask.left >= 0 || p.mask.chunk > 0) return ForwardUse::window;
-  // A packed sequence must not get another kernel, and other last bits, from its neighbours' length.
+  // A packed sequence must not get another kernel, and other last bits, from its neighbours'
+  // length.
   if (p.packed_k) return ForwardUse::general;
   return p.longest_k <= short_keys ? ForwardUse::short_keys : ForwardUse::general;
 }

@@ -39,6 +39,14 @@ def test_demo(tmp_path):
     assert str(picture) in run.stdout
 
 
+def test_demo_with_packed_documents(tmp_path):
+    pytest.importorskip("transformers", minversion="5.17")
+    pytest.importorskip("matplotlib")
+    run = module("sinkattn", "demo", "--steps", "12", "--batch", "2", "--packed", cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("within the tolerance") == 2
+
+
 def test_info_and_check(tmp_path):
     info = module("sinkattn", "info", cwd=tmp_path)
     assert info.returncode == 0, info.stderr

@@ -13,7 +13,16 @@ import torch
 from .._info import unavailable_reason
 from ..integrations import transformers as integration
 from ..interface import flash_attn_func
-from .model import EXPERTS, batches, corpus, make_model, sinks_of
+from .model import (
+    EXPERTS,
+    SIZES,
+    Batch,
+    batches,
+    corpus,
+    make_model,
+    packed_batches,
+    sinks_of,
+)
 from .picture import draw
 
 # Both runs compute in fp32. A relative L2 error of 1e-4 in a gradient is some hundred times the
@@ -32,6 +41,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--experts-per-token", type=int, default=EXPERTS)
+    parser.add_argument("--size", choices=SIZES, default="small", help="large is meant for a GPU")
+    parser.add_argument(
+        "--packed", action="store_true", help="train on documents packed one behind another"
+    )
     parser.add_argument(
         "--twin",
         action="store_true",
@@ -56,16 +69,23 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def step(model, batch) -> torch.Tensor:
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
+def step(model, batch: Batch) -> torch.Tensor:
+    eager = model.config._attn_implementation == "eager"
+    return model(
+        input_ids=batch.ids,
+        position_ids=batch.positions,
+        attention_mask=batch.masks(model.dtype) if eager else None,
+        labels=batch.ids,
+        use_cache=False,
+    ).loss
 
 
-def compare(device: torch.device, batch: torch.Tensor) -> bool:
+def compare(device: torch.device, batch: Batch, options) -> bool:
     """Loss and every gradient of one step, sinkattn against eager, from the same weights."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     results = {}
     for name in ("eager", integration.KEY):
-        model = make_model(name).to(device, dtype)
+        model = make_model(name, size=SIZES[options.size]).to(device, dtype)
         loss = step(model, batch.to(device))
         loss.backward()
         results[name] = (loss.item(), {n: p.grad for n, p in model.named_parameters()})
@@ -96,9 +116,9 @@ def compare(device: torch.device, batch: torch.Tensor) -> bool:
 class SinkMass:
     """Mean over rows of exp(sink - LSE): the share of attention that goes to the sink."""
 
-    def __init__(self, model, batch):
+    def __init__(self, model, ids):
         self.model = model
-        self.batch = batch
+        self.ids = ids
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
@@ -107,7 +127,7 @@ class SinkMass:
             layer.self_attn.register_forward_pre_hook(self._hook(masses), with_kwargs=True)
             for layer in self.model.model.layers
         ]
-        self.model(input_ids=self.batch, use_cache=False)
+        self.model(input_ids=self.ids, use_cache=False)
         for handle in handles:
             handle.remove()
         return torch.stack(masses).cpu()
@@ -158,7 +178,8 @@ def change_one_ulp(model) -> None:
 def train(name: str, device, data, options, masses=None, twin=False):
     """Losses of one run; `masses` collects the sink mass along the way. A twin starts one ulp from
     where the others start."""
-    model = make_model(name, experts_per_token=options.experts_per_token).to(device)
+    size = SIZES[options.size]
+    model = make_model(name, experts_per_token=options.experts_per_token, size=size).to(device)
     if device.type == "cuda":
         model = model.to(torch.bfloat16)
     if twin:
@@ -168,11 +189,12 @@ def train(name: str, device, data, options, masses=None, twin=False):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=rate, total_steps=options.steps + 1, pct_start=0.2
     )
-    probe = next(batches(data, 1, 2, seed=99)).to(device)
-    mass = SinkMass(model, probe)
+    mass = SinkMass(model, next(batches(data, 1, 2, size.context, seed=99)).ids.to(device))
     losses = []
     text = f"{name} + 1 ulp" if twin else name
-    bar = progress(batches(data, options.steps, options.batch), options.steps, f"{text:>13}")
+    make_batches = packed_batches if options.packed else batches
+    every = make_batches(data, options.steps, options.batch, size.context)
+    bar = progress(every, options.steps, f"{text:>13}")
     for index, batch in enumerate(bar):
         if masses is not None and index % RECORD_EVERY == 0:
             masses.append(mass())
@@ -217,11 +239,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = choose_device()
     data = corpus()
     print(f"Text: {data.numel() / 1e6:.1f} MB of Python's standard library, as bytes.")
-    same = compare(device, next(batches(data, 1, 2, seed=7)))
+    size = SIZES[options.size]
+    make_batches = packed_batches if options.packed else batches
+    same = compare(device, next(make_batches(data, 1, 2, size.context, seed=7)), options)
     print("  within the tolerance" if same else "  OUTSIDE the tolerance")
     masses: list[torch.Tensor] = []
     model, ours = train(integration.KEY, device, data, options, masses)
-    initial = sinks_of(make_model("eager"))
+    initial = sinks_of(make_model("eager", size=size))
     moved = [float((a.detach().cpu().float() - b.detach()).abs().max())
              for a, b in zip(sinks_of(model), initial, strict=True)]  # fmt: skip
     _, eager = train("eager", device, data, options)
