@@ -118,6 +118,8 @@ def _refuse_gradients(q, options: Options, out) -> None:
             refuse_gradient(name)
     if q.dtype == torch.float8_e4m3fn:
         refuse_gradient("q")
+    if options.sm_margin > 0 and q.is_cuda:  # the backward's core says the same, but later
+        refuse_gradient("sm_margin")
 
 
 def _needs_gradient(q, k, v, sink, options: Options) -> bool:

@@ -102,7 +102,8 @@ def flash_attn_func(
         num_splits: key splits, 0 heuristic, 1 none, at most 256.
         pack_gqa: None lets the library choose; the results are the same.
         deterministic: bitwise repeatable dq, dk, dv (the forward and dsink always are).
-        sm_margin: SMs left free for other work.
+        sm_margin: SMs left free for other work; on CUDA in the forward alone, > 0 raises with a
+            gradient.
         return_attn_probs: also return softmax_lse (never probabilities).
         learnable_sink: (h,) fp32, bf16 or fp16 (fp64 with fp64 q), any stride.
 

@@ -5,6 +5,10 @@
 
 namespace sinkattn::hopper {
 
+/// Packed query rows (positions x heads of a group) up to which the decode kernel runs instead of
+/// the general one. Chosen by reasoning (eight tiles of 16 rows), not measured yet.
+inline constexpr long long decode_rows = 128;
+
 /// Blocks that share a row tile, at most, where the heuristic decides. 1x131072 tokens with one KV
 /// head, 128 pieces: 20.7 us; the merge reads 32 pieces per lane and round trip to L2.
 inline constexpr int decode_max_pieces = 128;

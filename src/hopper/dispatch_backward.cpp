@@ -245,6 +245,12 @@ Status too_wide(const BackwardProblem& problem) {
 }  // namespace
 
 Status plan_backward(const BackwardProblem& problem, const DeviceProperties& device, Plan* plan) {
+  if (problem.sm_margin > 0) {
+    return Status::error(
+        StatusCode::not_implemented,
+        "sm_margin: expected 0 in the backward on CUDA, which uses every SM, got %d",
+        problem.sm_margin);
+  }
   plan->backend = Backend::hopper;
   if (!wants_main_pass(problem)) {
     plan->tile_m = static_cast<int>(prepare_tile_rows);

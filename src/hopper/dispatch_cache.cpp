@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "common/backend.h"
+#include "hopper/decode_tuning.h"
 #include "hopper/device.h"
 #include "hopper/dispatch.h"
 #include "hopper/kernels/append.h"
@@ -12,9 +13,6 @@
 
 namespace sinkattn::hopper {
 namespace {
-
-// Packed query rows (positions x heads of a group) up to which the decode kernel is the faster one.
-constexpr std::int64_t decode_rows = 128;
 
 bool sixteen_bit(DType type) { return type == DType::bfloat16 || type == DType::float16; }
 

@@ -41,7 +41,7 @@ struct ForwardLayout {
 
   ForwardLayout(const ForwardProblem& p, int splits) {
     rows = p.packed_q ? p.rows_q : p.batch * p.rows_q;
-    out_partial = aligned(4);
+    out_partial = aligned(4);  // behind the tile counter
     const std::int64_t row_heads = splits > 1 ? splits * rows * p.heads_q : 0;
     lse_partial = out_partial + aligned(4 * row_heads * p.head_dim_v);
     bytes = lse_partial + aligned(4 * row_heads);
@@ -55,14 +55,15 @@ std::int64_t count_tiles(const ForwardProblem& p, int tile_m) {
   return tiles * p.heads_q;
 }
 
-/// Splits that fill the machine where there are few tiles and many keys. A part has at least four
-/// key blocks: below that, the merge costs more than it saves.
+/// Splits that fill the machine where there are few tiles and many keys.
 int choose_splits(const ForwardProblem& p, const ForwardInstance& instance, int sms) {
   if (p.num_splits != 0) return p.num_splits;
   const std::int64_t tiles = count_tiles(p, instance.tile_m);
   const std::int64_t blocks = ceil_div(p.longest_k, instance.tile_n);
-  if (tiles == 0 || 5 * tiles >= 4 * sms || !p.mask.is_full()) return 1;
-  return static_cast<int>(std::clamp<std::int64_t>(std::min(sms / tiles, blocks / 4), 1, 128));
+  const bool enough = static_cast<double>(tiles) >= enough_tiles_per_sm * sms;
+  if (tiles == 0 || enough || !p.mask.is_full()) return 1;
+  const std::int64_t wanted = std::min(sms / tiles, blocks / least_blocks_per_split);
+  return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, most_splits));
 }
 
 Status refuse(const ForwardProblem& p) {
@@ -100,8 +101,8 @@ TileOrder make_order(const ForwardProblem& p, const ForwardInstance& instance, i
   order.packed = p.packed_q;
   order.units = static_cast<std::int32_t>(p.packed_q ? p.heads_kv : p.heads_kv * p.batch);
   const std::int64_t unit_bytes = 2 * p.rows_k * (p.head_dim + p.head_dim_v);
-  // Queries and outputs stream through the same L2: keys and values get three fifths of it.
-  const std::int64_t fitting = unit_bytes > 0 ? l2_bytes * 3 / 5 / unit_bytes : order.units;
+  const auto room = static_cast<std::int64_t>(section_of_l2 * static_cast<double>(l2_bytes));
+  const std::int64_t fitting = unit_bytes > 0 ? room / unit_bytes : order.units;
   order.section = static_cast<std::int32_t>(std::clamp<std::int64_t>(fitting, 1, order.units));
   return order;
 }
@@ -135,8 +136,7 @@ void fill_scalars(const ForwardProblem& p, ForwardArguments* a) {
   a->zero_out = p.out;
   a->scale = static_cast<float>(capped ? 1.0 : p.softmax_scale);
   a->scale_log2 = static_cast<float>((capped ? 1.0 : p.softmax_scale) * log2e);
-  constexpr float tolerated_log2 = 8.0f;
-  a->rescale_limit = tolerated_log2 / a->scale_log2;
+  a->rescale_limit = tolerated_growth_log2 / a->scale_log2;
   a->softcap = static_cast<float>(p.softcap);
   a->scale_over_cap = capped ? static_cast<float>(p.softmax_scale / p.softcap) : 0.0f;
   a->map_rows_q = static_cast<std::int32_t>(std::max<std::int64_t>(p.rows_q, 1));

@@ -7,8 +7,25 @@
 
 namespace sinkattn::hopper {
 
-/// Keys up to which a sequence is short: few key blocks per tile of query rows.
+/// Keys up to which a sequence is short: few key blocks per tile of query rows. Measured at 2048
+/// (short tile 536 against 512 TFLOPS) and 8192 (626 against 632, 698 against 723); the border lies
+/// between, where exactly is not measured.
 inline constexpr int short_keys = 4096;
+
+/// Growth of a row's maximum, in powers of two, up to which its reference stays (softmax.cuh).
+/// FlashAttention-4's value; bf16, fp16 and the fp32 sums hold 2^8 times more without loss.
+inline constexpr float tolerated_growth_log2 = 8.0f;
+
+/// Share of the L2 for the keys and values of a section; queries and outputs stream through the
+/// rest. Not swept yet.
+inline constexpr double section_of_l2 = 0.6;
+
+/// num_splits = 0: splits are considered below this many tiles per multiprocessor, a part has at
+/// least this many key blocks, and there are at most so many parts. After FlashAttention-3's
+/// heuristic (0.8; 4 blocks; 128); not measured here.
+inline constexpr double enough_tiles_per_sm = 0.8;
+inline constexpr int least_blocks_per_split = 4;
+inline constexpr int most_splits = 128;
 
 /// ForwardTile<head_dim, head_dim_v, use>: key block, warpgroups of 64 rows, stages of the K and V
 /// rings, stages of the Q ring, turns, hidden part of the softmax. Measurements:

@@ -198,6 +198,30 @@ TEST(Errors, CudaTensorsNeverFallBack) {
   EXPECT_FALSE(plan_forward(params, old, &plan).ok());
 }
 
+TEST(Errors, TheBackwardOnCudaKeepsNoSmsFree) {
+  if (!built_with_cuda()) GTEST_SKIP() << "this build has no CUDA kernels";
+  const Attention<float> a(1, 5, 6, 4, 2, 16, 16);
+  BackwardParams params = a.backward_params();
+  for (TensorView* t : {&params.query, &params.key, &params.value, &params.out, &params.dout,
+                        &params.dq, &params.dk, &params.dv, &params.softmax_lse, &params.dlse,
+                        &params.learnable_sink, &params.dsink}) {
+    t->device = {DeviceType::cuda, 0};
+    t->data = reinterpret_cast<void*>(4096);  // aligned; plans read no data
+    if (t->rank == 4) t->dtype = DType::bfloat16;
+  }
+  DeviceProperties hopper;
+  hopper.device = {DeviceType::cuda, 0};
+  hopper.compute_capability = 90;
+  hopper.sm_count = 132;
+  Plan plan;
+  const Status served = plan_backward(params, hopper, &plan);
+  ASSERT_TRUE(served.ok()) << served.message();
+  params.sm_margin = 8;
+  const Status refused = plan_backward(params, hopper, &plan);
+  EXPECT_EQ(refused.code(), StatusCode::not_implemented);
+  EXPECT_NE(std::string(refused.message()).find("sm_margin: expected 0"), std::string::npos);
+}
+
 TEST(Threads, ConcurrentCallsGiveTheSameBits) {
   Attention<float> expected(2, 70, 90, 4, 2, 32, 32);
   ASSERT_TRUE(run(expected.forward_params()).ok());

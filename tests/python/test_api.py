@@ -170,6 +170,20 @@ def test_forward_only_options_refuse_gradients():
         sinkattn.flash_attn_varlen_func(q[0], k[0], k[0], cu, cu, 4, 4, out=torch.empty(4, 2, 64))
 
 
+def test_sm_margin_with_a_gradient(device):
+    """The backward on CUDA uses every SM and says so in the forward; without a gradient it works."""
+    q = torch.randn(1, 40, 2, 64).to(device, torch.bfloat16)
+    expected = sinkattn.flash_attn_func(q, q, q)
+    assert torch.equal(sinkattn.flash_attn_func(q, q, q, sm_margin=8), expected)
+    leaf = q.clone().requires_grad_()
+    if device == "cpu":
+        sinkattn.flash_attn_func(leaf, q, q, sm_margin=8).float().sum().backward()
+        assert leaf.grad is not None
+        return
+    with pytest.raises(NotImplementedError, match="sm_margin: expected no input that requires"):
+        sinkattn.flash_attn_func(leaf, q, q, sm_margin=8)
+
+
 def test_double_backward_raises():
     q, k, v = (x.requires_grad_() for x in dense())
     out = sinkattn.flash_attn_func(q, k, v)

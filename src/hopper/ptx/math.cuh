@@ -40,13 +40,6 @@ __device__ inline std::uint32_t pack<__half>(float low, float high) {
   return packed;
 }
 
-/// The values exist when later volatile statements execute: their computation is not sunk past.
-template <int Count>
-__device__ inline void pin(float (&x)[Count]) {
-#pragma unroll
-  for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(x[i]));
-}
-
 /// Adds four fp32 values to 16-byte aligned global memory; order undefined, nothing returned.
 __device__ inline void reduce_add(float* address, float a, float b, float c, float d) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(a), "f"(b),

@@ -12,11 +12,6 @@ __device__ inline void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/// The same for global memory.
-__device__ inline void fence_proxy_async_global() {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
-
 /// Waits until `threads` threads (a multiple of 32) have come to barrier `id` (1 to 15), counting
 /// those that only arrive.
 __device__ inline void named_barrier_sync(int id, int threads) {

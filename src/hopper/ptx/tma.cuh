@@ -32,17 +32,6 @@ __device__ inline void tma_load(std::uint32_t destination, const CUtensorMap* ma
       : "memory");
 }
 
-/// The same with an L2 eviction policy (create_policy_*).
-__device__ inline void tma_load(std::uint32_t destination, const CUtensorMap* map,
-                                std::uint64_t* barrier, BoxCoordinates at, std::uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(destination),
-      "l"(map), "r"(shared_address(barrier)), "r"(at.c0), "r"(at.c1), "r"(at.c2), "r"(at.c3),
-      "r"(at.c4), "l"(policy)
-      : "memory");
-}
-
 /// Shared memory -> global box; elements outside the tensor are dropped.
 __device__ inline void tma_store(const CUtensorMap* map, std::uint32_t source, BoxCoordinates at) {
   asm volatile(
@@ -83,18 +72,6 @@ __device__ inline void bulk_wait_read() {
 template <int Pending>
 __device__ inline void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
-}
-
-__device__ inline std::uint64_t create_policy_evict_first() {
-  std::uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ inline std::uint64_t create_policy_evict_last() {
-  std::uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
 }
 
 }  // namespace sinkattn::hopper::ptx
