@@ -18,7 +18,6 @@ inline constexpr long long l2_of_heads = 48ll << 20;
 /// stages: query tiles (Q, dO and their statistics) in flight, and dS tiles between the main
 /// warpgroups and the warpgroup of dQ.
 /// scores_ahead: S of the next tile is issued before dV and dK of this one.
-/// producer_group: a warpgroup of its own for copies; otherwise a lane of the dQ warpgroup copies.
 /// dq_columns: columns of dQ accumulated at a time.
 /// statistics_window: pairs of LSE2 or D' (of 8 per thread and tile) held in registers.
 template <int D, int DV>
@@ -27,22 +26,22 @@ struct KeyPassTuning;
 template <>
 struct KeyPassTuning<64, 64> {
   static constexpr int stages = 4, dq_columns = 64, statistics_window = 8;
-  static constexpr bool scores_ahead = true, producer_group = true;
+  static constexpr bool scores_ahead = true;
   static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
 };
 
 template <>
 struct KeyPassTuning<96, 96> {
-  static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
-  static constexpr bool scores_ahead = false, producer_group = false;
-  static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
+  static constexpr int stages = 3, dq_columns = 32, statistics_window = 8;
+  static constexpr bool scores_ahead = false;
+  static constexpr int producer_registers = 24, dq_registers = 72, main_registers = 208;
 };
 
 template <>
 struct KeyPassTuning<128, 128> {
-  static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
-  static constexpr bool scores_ahead = false, producer_group = false;
-  static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
+  static constexpr int stages = 3, dq_columns = 64, statistics_window = 8;
+  static constexpr bool scores_ahead = false;
+  static constexpr int producer_registers = 24, dq_registers = 72, main_registers = 208;
 };
 
 /// The key pass for large head dims: 64 keys per block, shared by two main warpgroups.

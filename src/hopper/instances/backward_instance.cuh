@@ -9,26 +9,26 @@
 
 namespace sinkattn::hopper {
 
-template <class C, class Kernel>
-Status launch_pass(Kernel kernel, int shared_bytes, const char* name, const BackwardArguments& p,
+template <class Kernel>
+Status launch_pass(Kernel kernel, int threads, int shared_bytes, const char* name, const BackwardArguments& p,
                    unsigned grid, cudaStream_t stream) {
   SINKATTN_RETURN_IF_ERROR(cuda_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
       name));
-  kernel<<<grid, C::threads, shared_bytes, stream>>>(p);
+  kernel<<<grid, threads, shared_bytes, stream>>>(p);
   return launch_status(name);
 }
 
 template <class C>
 Status launch_keys(const BackwardArguments& p, unsigned grid, cudaStream_t stream) {
-  return launch_pass<C>(backward_keys_kernel<C>, KeyPassSmem<C>::allocated, "backward_keys_kernel",
-                        p, grid, stream);
+  return launch_pass(backward_keys_kernel<C>, key_pass_threads, KeyPassSmem<C>::allocated,
+                     "backward_keys_kernel", p, grid, stream);
 }
 
 template <class C>
 Status launch_queries(const BackwardArguments& p, unsigned grid, cudaStream_t stream) {
-  return launch_pass<C>(backward_queries_kernel<C>, QueryPassSmem<C>::allocated,
-                        "backward_queries_kernel", p, grid, stream);
+  return launch_pass(backward_queries_kernel<C>, C::threads, QueryPassSmem<C>::allocated,
+                     "backward_queries_kernel", p, grid, stream);
 }
 
 /// The key pass: Pass is KeyPass or WideKeyPass of one pair of head dims.

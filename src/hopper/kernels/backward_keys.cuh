@@ -38,9 +38,6 @@ struct KeyPass {
   static constexpr int stages = Tuning::stages;
   // With softcap there are too many values per score to have S of the next tile as well.
   static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
-  static constexpr bool producer_group = Tuning::producer_group;
-  static constexpr int threads = producer_group ? 512 : 384;
-  static constexpr int first_main_group = threads / 128 - 2;
   using KeyTile = Tile<keys, d>;
   using ValueTile = Tile<keys, dv>;
   using QueryTile = Tile<queries, d>;
@@ -55,9 +52,16 @@ struct KeyPass {
   __host__ __device__ static constexpr int group_key(int group) { return group * warpgroup_keys; }
 };
 
+inline constexpr int key_pass_threads = 512;
+inline constexpr int first_main_group = 2;  ///< warpgroups: producer, dQ, two mains
+
 /// Shared memory of a block.
 template <class C>
 struct KeyPassSmem {
+  /// Rows of tiles, from when a tile is asked for to when its dQ is added: the producer is at most
+  /// a ring of stages ahead of the main warpgroups, and they a ring of dS ahead of the dQ group.
+  static constexpr int row_slots = 8;
+  static_assert(2 * C::stages <= row_slots);
   static constexpr int key = 0;
   static constexpr int value = key + C::KeyTile::bytes;
   static constexpr int query = value + C::ValueTile::bytes;
@@ -68,7 +72,8 @@ struct KeyPassSmem {
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
-  static constexpr int barriers = facts + 64;
+  static constexpr int rows = facts + 64;
+  static constexpr int barriers = rows + 8 * row_slots;
   static constexpr int bytes = barriers + 8 * (1 + 5 * C::stages);
   static constexpr int alignment = 1024;
   static constexpr int allocated = bytes + alignment;  ///< dynamic memory is aligned by hand
@@ -176,6 +181,13 @@ struct QueryWalk {
   }
 };
 
+/// Where the producer leaves the row of a tile for the dQ group; `left`: tiles from this one on.
+template <class C>
+__device__ __forceinline__ volatile std::int64_t* tile_row(char* smem, int left) {
+  using Smem = KeyPassSmem<C>;
+  return reinterpret_cast<volatile std::int64_t*>(smem + Smem::rows) + left % Smem::row_slots;
+}
+
 /// Issues the copies of a block; one lane.
 template <class C>
 struct KeyPassProducer {
@@ -222,18 +234,7 @@ struct KeyPassProducer {
   /// The next query tile, once the main warpgroups have left its stage.
   __device__ void load_tile() {
     ptx::mbarrier_wait(barriers.stage_empty + ring.slot, ring.phase ^ 1);  // <- release()
-    issue_tile();
-  }
-
-  /// The same if its stage is free already.
-  __device__ void try_load_tile() {
-    if (left > 0 && ptx::mbarrier_test_wait(barriers.stage_empty + ring.slot, ring.phase ^ 1)) {
-      issue_tile();
-    }
-  }
-
- private:
-  __device__ void issue_tile() {
+    *tile_row<C>(smem, left) = walk.row;
     const std::uint32_t base = ptx::shared_address(smem);
     const int row = walk.tile * C::queries;
     const int stage = ring.slot;
@@ -298,50 +299,24 @@ __device__ __forceinline__ void add_query_gradients(char* smem, int slot, float*
   }
 }
 
-/// Waits until dS of a tile is there. Where there is no producer warpgroup one lane, which
-/// `produces`, issues copies meanwhile, whenever it finds a stage free; it never waits for a stage
-/// alone, so neither side can hold up the other.
-template <class C>
-__device__ __forceinline__ void wait_for_scores(KeyPassProducer<C>& producer, bool produces,
-                                                std::uint64_t* full, std::uint32_t phase) {
-  if constexpr (!C::producer_group) {
-    if (produces) {
-      producer.try_load_tile();
-      while (producer.left > 0 && !ptx::mbarrier_test_wait(full, phase)) {
-        producer.try_load_tile();
-      }
-    }
-    __syncwarp();
-  }
-  ptx::mbarrier_wait(full, phase);  // <- the main warpgroups' publish
-}
-
-/// The dQ warpgroup; it also copies where there is no producer warpgroup.
+/// The dQ warpgroup.
 template <class C>
 __device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
-                                                    const KeyPassWork& work,
                                                     const KeyPassBarriers<C>& barriers,
                                                     char* smem) {
-  if (work.iterations == 0) return;
-  const bool produces = !C::producer_group && threadIdx.x % 128 == 0;
-  KeyPassProducer<C> producer(p, work, barriers, smem);
-  if (produces) producer.load_keys();
-  if (p.dq_accumulator == nullptr) {
-    while (produces && producer.left > 0) producer.load_tile();
-    return;
-  }
-  QueryWalk walk(p, work);
+  int left = reinterpret_cast<const BlockFacts*>(smem + KeyPassSmem<C>::facts)->iterations;
+  if (left == 0 || p.dq_accumulator == nullptr) return;
   RingPosition<C::stages> ring;
-  for (int i = 0; i < work.iterations; ++i) {
-    wait_for_scores<C>(producer, produces, barriers.score_full + ring.slot, ring.phase);
-    if (i == 0) ptx::mbarrier_wait(barriers.keys_full, 0);
-    add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + walk.row * C::d, [&] {
+  ptx::mbarrier_wait(barriers.keys_full, 0);
+  do {
+    ptx::mbarrier_wait(barriers.score_full + ring.slot, ring.phase);  // <- publish
+    const std::int64_t row = *tile_row<C>(smem, left);
+    add_query_gradients<C>(smem, ring.slot, p.dq_accumulator + row * C::d, [&] {
       __syncwarp();
       if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_empty + ring.slot);
     });
-    walk.advance();
     ring.advance();
-  }
+  } while (--left > 0);
 }
 
 }  // namespace sinkattn::hopper

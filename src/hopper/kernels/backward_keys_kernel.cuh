@@ -34,7 +34,7 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::threads, 1)
+__global__ void __launch_bounds__(key_pass_threads, 1)
     backward_keys_kernel(const __grid_constant__ BackwardArguments p) {
   using Tuning = typename C::Tuning;
   extern __shared__ char unaligned[];
@@ -46,16 +46,16 @@ __global__ void __launch_bounds__(C::threads, 1)
   prepare_block<C>(p, work, smem);
   __syncthreads();
   const int group = threadIdx.x / 128;
-  if (C::producer_group && group == 0) {
-    ptx::registers_decrease<C::producer_group ? Tuning::producer_registers : 24>();
+  if (group == 0) {
+    ptx::registers_decrease<Tuning::producer_registers>();
     if (threadIdx.x == 0 && work.iterations > 0) {
       KeyPassProducer<C> producer(p, work, barriers, smem);
       producer.load_keys();
       while (producer.left > 0) producer.load_tile();
     }
-  } else if (group == C::first_main_group - 1) {
+  } else if (group < first_main_group) {
     ptx::registers_decrease<Tuning::dq_registers>();
-    query_gradient_role<C>(p, work, barriers, smem);
+    query_gradient_role<C>(p, barriers, smem);
   } else {
     ptx::registers_increase<Tuning::main_registers>();
     typename C::template Main<C>(p, barriers, smem).run();

@@ -27,7 +27,7 @@ struct KeyPassMain {
   __device__ __forceinline__ KeyPassMain(const BackwardArguments& p_,
                                          const KeyPassBarriers<C>& barriers_, char* smem_)
       : p(p_), barriers(barriers_), smem(smem_) {
-    group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
+    group = static_cast<int>(threadIdx.x) / 128 - first_main_group;
     const int lane = threadIdx.x % 32;
     statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * (lane % 4));
     score = opaque(ptx::shared_address(smem + Smem::score + group * C::ScoreTile::slab_bytes) +
@@ -122,7 +122,7 @@ struct KeyPassMain {
       ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
-  using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window>;
+  using Statistics = ColumnStatistics<C::queries / 8, C::softcap ? 4 : Tuning::statistics_window>;
 
   __device__ __forceinline__ Statistics lse2(int stage) const {
     return Statistics(statistics + stage * C::queries * 4);
@@ -132,15 +132,12 @@ struct KeyPassMain {
     return Statistics(statistics + (Smem::softmax_d - Smem::lse2) + stage * C::queries * 4);
   }
 
-  /// Zeros P and dS where a query of the tile does not see a key.
-  __device__ __forceinline__ void mask(std::uint32_t (&pa)[query_blocks][4],
-                                       std::uint32_t (&dsa)[query_blocks][4], int tile) const {
+  /// Which registers of a tile's P and dS belong to queries that see their key.
+  __device__ __forceinline__ std::uint32_t visible_queries(int tile) const {
     const auto* all = reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals);
-    const std::uint32_t visible = visible_registers<score_registers>(
+    return visible_registers<score_registers>(
         all + C::group_key(group) + warp() * 16 + threadIdx.x % 32 / 4, tile * C::queries,
         threadIdx.x % 4);
-    keep_visible(pa, visible);
-    keep_visible(dsa, visible);
   }
 
   __device__ __forceinline__ const BlockFacts& facts() const {
@@ -187,7 +184,11 @@ struct KeyPassMain {
     ptx::wgmma_wait<0>();  // dP
     score_gradients(dp, s, d);
     pack_operand<T>(dsa, dp);
-    if (at.masked(full)) mask(pa, dsa, at.tile);
+    if (at.masked(full)) {
+      const std::uint32_t visible = visible_queries(at.tile);
+      keep_visible(pa, visible);
+      keep_visible(dsa, visible);
+    }
     if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
     previous = stage;
     at.advance(tiles);
@@ -226,40 +227,69 @@ struct KeyPassMain {
       capped_probabilities<T>(s, pa, wa, p, lse);
     } else {
       probabilities(s, p, lse);
-      hold_wait_below(s);
       pack_operand<T>(pa, s);
     }
   }
 
-  /// One tile after the other; the other warpgroups fill the gaps.
+  /// One tile after the other, and in a tile P before dP: S and dP are never alive together, which
+  /// leaves registers to have LSE2 and D' at hand. dS is formed under dV; the other warpgroups fill
+  /// the remaining gaps.
+  __device__ __forceinline__ void step_in_order(float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
+                                                const RingPosition<C::stages>& ring, int tile,
+                                                bool masked) const {
+    const int stage = ring.slot;
+    std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
+    std::uint32_t visible = 0;
+    float s[score_registers], dp[score_registers];
+    ptx::mbarrier_wait(barriers.query_full + stage, ring.phase);
+    ptx::wgmma_fence();
+    multiply_scores(s, stage);
+    ptx::wgmma_commit();
+    Statistics lse = lse2(stage);
+    ptx::wgmma_wait<0>();
+    weights(pa, wa, s, lse);
+    if (masked) {
+      visible = visible_queries(tile);
+      keep_visible(pa, visible);
+    }
+    ptx::mbarrier_wait(barriers.dout_full + stage, ring.phase);
+    ptx::wgmma_fence();
+    if constexpr (C::softcap) {
+      // Not together with dP: P, what dS is formed from, and dP are too many registers.
+      multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_fence();
+      multiply_dout(dp, stage);
+      ptx::wgmma_commit();
+    } else {
+      multiply_dout(dp, stage);
+      ptx::wgmma_commit();
+      multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
+      ptx::wgmma_commit();
+    }
+    Statistics d = softmax_d(stage);
+    ptx::wgmma_wait<C::softcap ? 0 : 1>();  // dP
+    score_gradients<T>(dp, C::softcap ? wa : pa, d);
+    pack_operand<T>(dsa, dp);
+    if (masked) keep_visible(dsa, visible);
+    if (p.dq_accumulator != nullptr) {
+      store_score_gradients(dsa, ring);
+      publish_score_gradients(ring);
+    }
+    ptx::wgmma_fence();
+    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    release(stage);
+  }
+
   __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
                                                float (&dv)[C::dv / 2]) const {
     Position at(facts());
     do {
-      float s[score_registers], dp[score_registers];
-      std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
-      const int stage = at.ring.slot;
-      ptx::mbarrier_wait(barriers.query_full + stage, at.ring.phase);
-      ptx::wgmma_fence();
-      multiply_scores(s, stage);
-      ptx::wgmma_commit();
-      Statistics lse = lse2(stage);
-      // With softcap the exponentials need the registers of dP.
-      if constexpr (!C::softcap) issue_dout(dp, stage, at.ring.phase);
-      ptx::wgmma_wait<C::softcap ? 0 : 1>();  // S
-      weights(pa, wa, s, lse);
-      if constexpr (C::softcap) issue_dout(dp, stage, at.ring.phase);
-      Statistics d = softmax_d(stage);
       const TileRange tiles = facts().tiles, full = facts().full;
-      ptx::wgmma_wait<0>();  // dP
-      score_gradients<T>(dp, C::softcap ? wa : pa, d);
-      pack_operand<T>(dsa, dp);
-      if (at.masked(full)) mask(pa, dsa, at.tile);
-      if (p.dq_accumulator != nullptr) store_score_gradients(dsa, at.ring);
-      ptx::wgmma_fence();
-      finish_tile(dk, dv, pa, dsa, at.ring);
-      ptx::wgmma_wait<0>();
-      release(stage);
+      step_in_order(dk, dv, at.ring, at.tile, at.masked(full));
       at.advance(tiles);
     } while (at.left-- > 0);
   }
@@ -279,7 +309,7 @@ struct KeyPassMain {
     }
     // Where the block lies is computed again: the loop has no registers to keep it.
     const unsigned thread = opaque(threadIdx.x);
-    const int first = C::group_key(static_cast<int>(thread) / 128 - C::first_main_group);
+    const int first = C::group_key(static_cast<int>(thread) / 128 - first_main_group);
     const KeyPassPlace place(p, opaque(blockIdx.x), C::keys);
     const KeyGradientStore<C> to(p, place, first, thread % 128);
     to.value_columns(dv, 0);
