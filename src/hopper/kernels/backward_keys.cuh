@@ -116,7 +116,7 @@ struct KeyPassBarriers {
 
 /// Which sequence, KV head and keys a block has, and which part of the group's query heads.
 struct KeyPassPlace {
-  int b, kv_head, split, first_key;
+  int b, kv_head, split, tile, first_key;
 
   __device__ KeyPassPlace(const BackwardArguments& p, unsigned block, int keys) {
     const BlockPlace place =
@@ -124,7 +124,8 @@ struct KeyPassPlace {
     split = place.pair % p.splits;
     kv_head = place.pair / p.splits % p.heads_kv;
     b = place.pair / p.splits / p.heads_kv;
-    first_key = place.tile * keys;
+    tile = place.tile;
+    first_key = tile * keys;
   }
 };
 
@@ -132,14 +133,14 @@ struct KeyPassPlace {
 struct KeyPassWork {
   KeyPassPlace place;
   SequencePair sequence;
-  int first_head;   ///< query head
-  TileRange tiles;  ///< query tiles of each head
-  int iterations;   ///< heads * tiles
+  int first_head, heads;  ///< query heads
+  TileRange tiles;        ///< query tiles of each head
+  int iterations;         ///< heads * tiles
 
   __device__ KeyPassWork(const BackwardArguments& p, const KeyPassPlace& place_, int keys)
       : place(place_), sequence(p, place_.b) {
     const int first = place.split * p.heads_per_split;
-    const int heads = min(p.heads_per_split, p.group - first);
+    heads = min(p.heads_per_split, p.group - first);
     first_head = place.kv_head * p.group + first;
     tiles = query_tiles(p.mask, place.first_key, place.first_key + keys, sequence.queries.length,
                         sequence.keys.length);
@@ -150,34 +151,67 @@ struct KeyPassWork {
 /// What the main warpgroups need of the block, in shared memory: computing it takes more registers
 /// than they have.
 struct alignas(16) BlockFacts {
-  TileRange tiles;  ///< query tiles of each head
-  TileRange full;   ///< of them, those that need no mask
-  int iterations;   ///< over all heads
+  TileRange full;  ///< query tiles that need no mask
+  int last;        ///< query tile
+  int heads;
+  int iterations;  ///< tiles of all heads
 };
 static_assert(sizeof(BlockFacts) <= 64);
 
-/// Walks over (head, query tile) in the order that all roles share.
+/// Walks over (query tile, head) in the order that all roles share: tiles downwards, and all heads
+/// of a tile in turn. So the blocks of a KV head are at the same queries at any time, whatever their
+/// number of tiles, and what they share stays in L2: under a causal mask the last tile is everyone's
+/// first. Each block starts at another head, which keeps their additions to dQ apart.
 struct QueryWalk {
-  TileRange tiles;
+  int heads, first_head;
+  int turn = 0;  ///< heads of this tile that are done
   int head, tile;
-  std::int64_t row;         ///< of the tile in the row statistics and in the accumulator
-  std::uint32_t head_step;  ///< from the last tile of a head to the first of the next
+  std::int64_t row;  ///< of the tile in the row statistics and in the accumulator
+  std::int64_t rows_of_head;
 
   __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)
-      : tiles(work.tiles), head(work.first_head), tile(work.tiles.begin) {
+      : heads(work.heads), first_head(work.first_head), rows_of_head(p.statistic_rows) {
+    head = first_head + work.place.tile % heads;
+    tile = work.tiles.end - 1;
     row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
-    head_step = static_cast<std::uint32_t>(p.statistic_rows -
-                                           (tiles.end - 1 - tiles.begin) * backward_tile_queries);
   }
 
   __device__ void advance() {
-    if (++tile < tiles.end) {
-      row += backward_tile_queries;
-      return;
+    row += rows_of_head;
+    if (++head == first_head + heads) {
+      head = first_head;
+      row -= heads * rows_of_head;
     }
-    tile = tiles.begin;
-    row += head_step;
-    ++head;
+    if (++turn == heads) {
+      turn = 0;
+      --tile;
+      row -= backward_tile_queries;
+    }
+  }
+};
+
+/// The same walk as the main warpgroups see it.
+template <int Stages>
+struct TilePosition {
+  int left;   ///< tiles that follow, over all heads
+  int tile;   ///< query tile
+  int heads;  ///< that still have this tile
+  RingPosition<Stages> ring;
+
+  __device__ __forceinline__ explicit TilePosition(const BlockFacts& facts)
+      : left(facts.iterations - 1), tile(facts.last), heads(facts.heads) {}
+
+  __device__ __forceinline__ bool masked(const BlockFacts& facts) const {
+    const TileRange full = facts.full;
+    return tile < full.begin || tile >= full.end;
+  }
+
+  __device__ __forceinline__ void advance(const BlockFacts& facts) {
+    ring.advance();
+    if (--heads == 0) {
+      heads = facts.heads;
+      --tile;
+    }
   }
 };
 

@@ -21,7 +21,8 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
   if (threadIdx.x == 0) {
     auto* facts = reinterpret_cast<BlockFacts*>(smem + Smem::facts);
     const SequencePair& sequence = work.sequence;
-    facts->tiles = work.tiles;
+    facts->last = work.tiles.end - 1;
+    facts->heads = work.heads;
     facts->iterations = work.iterations;
     facts->full = full_tiles(p.mask, work.place.first_key, work.place.first_key + C::keys,
                              sequence.queries.length, sequence.keys.length);

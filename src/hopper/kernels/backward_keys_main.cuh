@@ -144,24 +144,7 @@ struct KeyPassMain {
     return *reinterpret_cast<const BlockFacts*>(smem + Smem::facts);
   }
 
-  /// The walk over query tiles.
-  struct Position {
-    int left;  ///< tiles that follow
-    int tile;
-    RingPosition<C::stages> ring;
-
-    __device__ __forceinline__ explicit Position(const BlockFacts& facts)
-        : left(facts.iterations - 1), tile(facts.tiles.begin) {}
-
-    __device__ __forceinline__ bool masked(const TileRange& full) const {
-      return tile < full.begin || tile >= full.end;
-    }
-
-    __device__ __forceinline__ void advance(const TileRange& tiles) {
-      ring.advance();
-      if (++tile == tiles.end) tile = tiles.begin;
-    }
-  };
+  using Position = TilePosition<C::stages>;
 
   /// Tile i with S of tile i + 1 issued before dV and dK of tile i, so that its exponentials run
   /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
@@ -180,18 +163,18 @@ struct KeyPassMain {
     if (previous >= 0) release(previous);
     pack_operand<T>(pa, s);
     Statistics d = softmax_d(stage);
-    const TileRange tiles = facts().tiles, full = facts().full;
+    const bool masked = at.masked(facts());
     ptx::wgmma_wait<0>();  // dP
     score_gradients(dp, s, d);
     pack_operand<T>(dsa, dp);
-    if (at.masked(full)) {
+    if (masked) {
       const std::uint32_t visible = visible_queries(at.tile);
       keep_visible(pa, visible);
       keep_visible(dsa, visible);
     }
     if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
     previous = stage;
-    at.advance(tiles);
+    at.advance(facts());
     // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
     if (at.left-- > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
     ptx::wgmma_fence();
@@ -234,14 +217,15 @@ struct KeyPassMain {
   /// One tile after the other, and in a tile P before dP: S and dP are never alive together, which
   /// leaves registers to have LSE2 and D' at hand. dS is formed under dV; the other warpgroups fill
   /// the remaining gaps.
+  /// On entry Q is there.
   __device__ __forceinline__ void step_in_order(float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
-                                                const RingPosition<C::stages>& ring, int tile,
-                                                bool masked) const {
+                                                Position& at) const {
+    const RingPosition<C::stages> ring = at.ring;
     const int stage = ring.slot;
+    const bool masked = at.masked(facts());
     std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
     std::uint32_t visible = 0;
     float s[score_registers], dp[score_registers];
-    ptx::mbarrier_wait(barriers.query_full + stage, ring.phase);
     ptx::wgmma_fence();
     multiply_scores(s, stage);
     ptx::wgmma_commit();
@@ -249,7 +233,7 @@ struct KeyPassMain {
     ptx::wgmma_wait<0>();
     weights(pa, wa, s, lse);
     if (masked) {
-      visible = visible_queries(tile);
+      visible = visible_queries(at.tile);
       keep_visible(pa, visible);
     }
     ptx::mbarrier_wait(barriers.dout_full + stage, ring.phase);
@@ -280,6 +264,8 @@ struct KeyPassMain {
     ptx::wgmma_fence();
     multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
     ptx::wgmma_commit();
+    at.advance(facts());
+    if (at.left > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
     ptx::wgmma_wait<0>();
     release(stage);
   }
@@ -287,10 +273,9 @@ struct KeyPassMain {
   __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
                                                float (&dv)[C::dv / 2]) const {
     Position at(facts());
+    ptx::mbarrier_wait(barriers.query_full, 0);
     do {
-      const TileRange tiles = facts().tiles, full = facts().full;
-      step_in_order(dk, dv, at.ring, at.tile, at.masked(full));
-      at.advance(tiles);
+      step_in_order(dk, dv, at);
     } while (at.left-- > 0);
   }
 

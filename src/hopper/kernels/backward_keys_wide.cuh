@@ -175,14 +175,10 @@ struct WideKeyPassMain {
   __device__ __forceinline__ void run_tiles(SharedColumns<C::d>& dk,
                                             SharedColumns<C::dv>& dv) const {
     static_assert(C::stages >= 2, "see publish()");
-    RingPosition<C::stages> ring;
-    const int iterations = facts().iterations;
-    const TileRange tiles = facts().tiles;
-    const TileRange full = facts().full;
-    int tile = tiles.begin;
-    int previous = 0;
-    int i = 0;
+    TilePosition<C::stages> at(facts());
+    int previous = -1;
     do {
+      const RingPosition<C::stages> ring = at.ring;
       float s[score_registers], dp[score_registers];
       std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
       const int stage = ring.slot;
@@ -195,9 +191,9 @@ struct WideKeyPassMain {
       multiply_keys<typename C::ValueTile, typename C::DoutTile>(
           dp, Smem::value, Smem::dout + stage * C::DoutTile::bytes);
       ptx::wgmma_wait<1>();  // S, and dV, dK of the previous tile
-      if (i > 0) release(previous);
+      if (previous >= 0) release(previous);
       gradients(pa, dsa, s, dp, stage);
-      if (tile < full.begin || tile >= full.end) mask(pa, dsa, tile);
+      if (at.masked(facts())) mask(pa, dsa, at.tile);
       publish(pa, dsa, ring);
       ptx::wgmma_fence();
       add_columns<typename C::DoutTile>(dv, Smem::probability + ring.slot * C::probability_bytes,
@@ -206,9 +202,8 @@ struct WideKeyPassMain {
                                          Smem::query + stage * C::QueryTile::bytes);
       ptx::wgmma_commit();
       previous = stage;
-      ring.advance();
-      if (++tile == tiles.end) tile = tiles.begin;
-    } while (++i < iterations);
+      at.advance(facts());
+    } while (at.left-- > 0);
     ptx::wgmma_wait<0>();
   }
 
