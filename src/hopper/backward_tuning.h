@@ -44,6 +44,17 @@ struct KeyPassTuning<128, 128> {
   static constexpr int producer_registers = 24, dq_registers = 72, main_registers = 208;
 };
 
+/// The key pass whose main warpgroups also form dQ.
+template <int D, int DV>
+struct JointKeyPassTuning;
+
+template <>
+struct JointKeyPassTuning<192, 128> {
+  static constexpr int stages = 2, statistics_window = 8;
+  static constexpr bool scores_ahead = false;
+  static constexpr int producer_registers = 24, main_registers = 240;
+};
+
 /// The key pass for large head dims: 64 keys per block, shared by two main warpgroups.
 template <int D, int DV>
 struct WideKeyPassTuning;

@@ -139,6 +139,7 @@ BackwardArguments make_arguments(const BackwardProblem& problem) {
   p.packed_q = problem.packed_q;
   p.packed_k = problem.packed_k;
   p.has_dout = problem.dout.data != nullptr;
+  p.alternate = !problem.deterministic;
   return p;
 }
 

@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper/instances/backward_instance.cuh"
 
-SINKATTN_BACKWARD_INSTANCE(WideKeyPass, 192, 128)
+SINKATTN_BACKWARD_INSTANCE(JointKeyPass, 192, 128)

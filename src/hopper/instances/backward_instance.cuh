@@ -21,7 +21,7 @@ Status launch_pass(Kernel kernel, int threads, int shared_bytes, const char* nam
 
 template <class C>
 Status launch_keys(const BackwardArguments& p, unsigned grid, cudaStream_t stream) {
-  return launch_pass(backward_keys_kernel<C>, key_pass_threads, KeyPassSmem<C>::allocated,
+  return launch_pass(backward_keys_kernel<C>, C::threads, KeyPassSmem<C>::allocated,
                      "backward_keys_kernel", p, grid, stream);
 }
 

@@ -38,6 +38,7 @@ struct BackwardArguments {
   int head_dim, head_dim_v;
   int batch, tiles, section;  ///< tiles per (sequence, head); pairs scheduled together
   bool packed_q, packed_k, has_dout;
+  bool alternate;  ///< every other section of the key pass takes its query tiles upwards
 };
 
 /// Head dims that the kernels are compiled for; a problem runs padded to the next pair.

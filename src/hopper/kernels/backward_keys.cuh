@@ -38,6 +38,8 @@ struct KeyPass {
   static constexpr int stages = Tuning::stages;
   // With softcap there are too many values per score to have S of the next tile as well.
   static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
+  static constexpr bool query_group = true;  ///< a warpgroup of its own for dQ
+  static constexpr int threads = 512, first_main_group = 2;
   using KeyTile = Tile<keys, d>;
   using ValueTile = Tile<keys, dv>;
   using QueryTile = Tile<queries, d>;
@@ -51,9 +53,6 @@ struct KeyPass {
   /// First key, in the block's tile, of a main warpgroup.
   __host__ __device__ static constexpr int group_key(int group) { return group * warpgroup_keys; }
 };
-
-inline constexpr int key_pass_threads = 512;
-inline constexpr int first_main_group = 2;  ///< warpgroups: producer, dQ, two mains
 
 /// Shared memory of a block.
 template <class C>
@@ -90,7 +89,7 @@ struct KeyPassBarriers {
   std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
   std::uint64_t* stage_empty;  ///< [stage] all readers are done with Q and dO -> producer
   std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
-  std::uint64_t* score_empty;  ///< [stage] the 4 dQ warps have read dS -> mains
+  std::uint64_t* score_empty;  ///< [stage] the warps of dQ have read dS -> mains
 
   __device__ explicit KeyPassBarriers(char* smem) {
     keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
@@ -108,7 +107,7 @@ struct KeyPassBarriers {
       ptx::mbarrier_init(dout_full + i, 1);
       ptx::mbarrier_init(stage_empty + i, 8);
       ptx::mbarrier_init(score_full + i, 8);
-      ptx::mbarrier_init(score_empty + i, 4);
+      ptx::mbarrier_init(score_empty + i, C::query_group ? 4 : 8);
     }
     ptx::mbarrier_init_fence();
   }
@@ -117,6 +116,7 @@ struct KeyPassBarriers {
 /// Which sequence, KV head and keys a block has, and which part of the group's query heads.
 struct KeyPassPlace {
   int b, kv_head, split, tile, first_key;
+  bool ascending;  ///< order of the query tiles
 
   __device__ KeyPassPlace(const BackwardArguments& p, unsigned block, int keys) {
     const BlockPlace place =
@@ -126,6 +126,10 @@ struct KeyPassPlace {
     b = place.pair / p.splits / p.heads_kv;
     tile = place.tile;
     first_key = tile * keys;
+#ifndef ALT
+#define ALT 1
+#endif
+    ascending = ALT == 2 || (ALT == 1 && p.alternate && place.pair / p.section % 2 == 1);
   }
 };
 
@@ -146,13 +150,16 @@ struct KeyPassWork {
                         sequence.keys.length);
     iterations = heads * (tiles.end - tiles.begin);
   }
+
+  __device__ int first_tile() const { return place.ascending ? tiles.begin : tiles.end - 1; }
+  __device__ int tile_step() const { return place.ascending ? 1 : -1; }
 };
 
 /// What the main warpgroups need of the block, in shared memory: computing it takes more registers
 /// than they have.
 struct alignas(16) BlockFacts {
   TileRange full;  ///< query tiles that need no mask
-  int last;        ///< query tile
+  int first_tile, tile_step;
   int heads;
   int iterations;  ///< tiles of all heads
 };
@@ -165,14 +172,15 @@ static_assert(sizeof(BlockFacts) <= 64);
 struct QueryWalk {
   int heads, first_head;
   int turn = 0;  ///< heads of this tile that are done
-  int head, tile;
+  int head, tile, step;
   std::int64_t row;  ///< of the tile in the row statistics and in the accumulator
   std::int64_t rows_of_head;
 
   __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)
       : heads(work.heads), first_head(work.first_head), rows_of_head(p.statistic_rows) {
     head = first_head + work.place.tile % heads;
-    tile = work.tiles.end - 1;
+    step = work.tile_step();
+    tile = work.first_tile();
     row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
   }
 
@@ -184,8 +192,8 @@ struct QueryWalk {
     }
     if (++turn == heads) {
       turn = 0;
-      --tile;
-      row -= backward_tile_queries;
+      tile += step;
+      row += step * backward_tile_queries;
     }
   }
 };
@@ -199,7 +207,7 @@ struct TilePosition {
   RingPosition<Stages> ring;
 
   __device__ __forceinline__ explicit TilePosition(const BlockFacts& facts)
-      : left(facts.iterations - 1), tile(facts.last), heads(facts.heads) {}
+      : left(facts.iterations - 1), tile(facts.first_tile), heads(facts.heads) {}
 
   __device__ __forceinline__ bool masked(const BlockFacts& facts) const {
     const TileRange full = facts.full;
@@ -210,7 +218,7 @@ struct TilePosition {
     ring.advance();
     if (--heads == 0) {
       heads = facts.heads;
-      --tile;
+      tile += facts.tile_step;
     }
   }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "hopper/kernels/backward_keys.cuh"
+#include "hopper/kernels/backward_keys_joint.cuh"
 #include "hopper/kernels/backward_keys_main.cuh"
 #include "hopper/kernels/backward_keys_wide.cuh"
 
@@ -21,7 +22,8 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
   if (threadIdx.x == 0) {
     auto* facts = reinterpret_cast<BlockFacts*>(smem + Smem::facts);
     const SequencePair& sequence = work.sequence;
-    facts->last = work.tiles.end - 1;
+    facts->first_tile = work.first_tile();
+    facts->tile_step = work.tile_step();
     facts->heads = work.heads;
     facts->iterations = work.iterations;
     facts->full = full_tiles(p.mask, work.place.first_key, work.place.first_key + C::keys,
@@ -35,7 +37,7 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
 }
 
 template <class C>
-__global__ void __launch_bounds__(key_pass_threads, 1)
+__global__ void __launch_bounds__(C::threads, 1)
     backward_keys_kernel(const __grid_constant__ BackwardArguments p) {
   using Tuning = typename C::Tuning;
   extern __shared__ char unaligned[];
@@ -54,9 +56,11 @@ __global__ void __launch_bounds__(key_pass_threads, 1)
       producer.load_keys();
       while (producer.left > 0) producer.load_tile();
     }
-  } else if (group < first_main_group) {
-    ptx::registers_decrease<Tuning::dq_registers>();
-    query_gradient_role<C>(p, barriers, smem);
+  } else if (group < C::first_main_group) {
+    if constexpr (C::query_group) {
+      ptx::registers_decrease<Tuning::dq_registers>();
+      query_gradient_role<C>(p, barriers, smem);
+    }
   } else {
     ptx::registers_increase<Tuning::main_registers>();
     typename C::template Main<C>(p, barriers, smem).run();

@@ -27,7 +27,7 @@ struct KeyPassMain {
   __device__ __forceinline__ KeyPassMain(const BackwardArguments& p_,
                                          const KeyPassBarriers<C>& barriers_, char* smem_)
       : p(p_), barriers(barriers_), smem(smem_) {
-    group = static_cast<int>(threadIdx.x) / 128 - first_main_group;
+    group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
     const int lane = threadIdx.x % 32;
     statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * (lane % 4));
     score = opaque(ptx::shared_address(smem + Smem::score + group * C::ScoreTile::slab_bytes) +
@@ -36,13 +36,20 @@ struct KeyPassMain {
 
   __device__ __forceinline__ static int warp() { return threadIdx.x % 128 / 32; }
 
+  /// Where registers are scarcest what is computed from it is not kept.
+  __device__ __forceinline__ std::uint32_t smem_base() const {
+    const std::uint32_t base = ptx::shared_address(smem);
+    return C::query_group ? base : opaque(base);
+  }
+
   /// (64 keys) x (64 queries) of A B^T: S^T from K and Q, dP^T from V and dO.
   template <class KeyTile, class QueryTile>
   __device__ __forceinline__ void multiply_keys(float (&x)[score_registers], int a_offset,
                                                 int b_offset) const {
-    const std::uint64_t a = descriptor::k_major(ptx::shared_address(smem + a_offset) +
-                                                group * C::warpgroup_keys * slab_row_bytes);
-    const std::uint64_t b = descriptor::k_major(ptx::shared_address(smem + b_offset));
+    const std::uint32_t base = smem_base();
+    const std::uint64_t a =
+        descriptor::k_major(base + a_offset + group * C::warpgroup_keys * slab_row_bytes);
+    const std::uint64_t b = descriptor::k_major(base + b_offset);
 #pragma unroll
     for (int k = 0; k < KeyTile::columns / 16; ++k) {
       ptx::wgmma_ss<T, C::queries>(x, a + descriptor::k_step<KeyTile::slab_bytes>(k),
@@ -75,8 +82,7 @@ struct KeyPassMain {
   __device__ __forceinline__ void multiply_queries(float (&x)[QueryTile::columns / 2],
                                                    const std::uint32_t (&a)[query_blocks][4],
                                                    int offset) const {
-    const std::uint64_t b =
-        descriptor::mn_major(ptx::shared_address(smem + offset), QueryTile::slab_bytes);
+    const std::uint64_t b = descriptor::mn_major(smem_base() + offset, QueryTile::slab_bytes);
 #pragma unroll
     for (int k = 0; k < query_blocks; ++k) {
       ptx::wgmma_rs<T, QueryTile::columns, ptx::Major::mn>(x, a[k], b + k * descriptor::mn_step, 1);
@@ -122,7 +128,7 @@ struct KeyPassMain {
       ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
-  using Statistics = ColumnStatistics<C::queries / 8, C::softcap ? 4 : Tuning::statistics_window>;
+  using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window / (C::softcap ? 4 : 1)>;
 
   __device__ __forceinline__ Statistics lse2(int stage) const {
     return Statistics(statistics + stage * C::queries * 4);
@@ -257,13 +263,11 @@ struct KeyPassMain {
     score_gradients<T>(dp, C::softcap ? wa : pa, d);
     pack_operand<T>(dsa, dp);
     if (masked) keep_visible(dsa, visible);
-    if (p.dq_accumulator != nullptr) {
-      store_score_gradients(dsa, ring);
-      publish_score_gradients(ring);
-    }
+    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
     ptx::wgmma_fence();
     multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
     ptx::wgmma_commit();
+    if (p.dq_accumulator != nullptr) publish_score_gradients(ring);
     at.advance(facts());
     if (at.left > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
     ptx::wgmma_wait<0>();
@@ -279,7 +283,9 @@ struct KeyPassMain {
     } while (at.left-- > 0);
   }
 
-  __device__ __forceinline__ void run() {
+  /// Clears dK and dV, runs `tiles` on them, and stores them.
+  template <class Tiles>
+  __device__ __forceinline__ void run_with(const Tiles& tiles) const {
     if (facts().iterations == 0) return store_zero_gradients<C>(p);
     ptx::mbarrier_wait(barriers.keys_full, 0);
     float dk[C::d / 2], dv[C::dv / 2];
@@ -287,18 +293,24 @@ struct KeyPassMain {
     for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
-    if constexpr (C::scores_ahead) {
-      run_ahead(dk, dv);
-    } else {
-      run_in_order(dk, dv);
-    }
+    tiles(dk, dv);
     // Where the block lies is computed again: the loop has no registers to keep it.
     const unsigned thread = opaque(threadIdx.x);
-    const int first = C::group_key(static_cast<int>(thread) / 128 - first_main_group);
+    const int first = C::group_key(static_cast<int>(thread) / 128 - C::first_main_group);
     const KeyPassPlace place(p, opaque(blockIdx.x), C::keys);
     const KeyGradientStore<C> to(p, place, first, thread % 128);
     to.value_columns(dv, 0);
     to.key_columns(dk, 0);
+  }
+
+  __device__ __forceinline__ void run() {
+    run_with([&](float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) {
+      if constexpr (C::scores_ahead) {
+        run_ahead(dk, dv);
+      } else {
+        run_in_order(dk, dv);
+      }
+    });
   }
 };
 

@@ -94,7 +94,7 @@ template <class C>
 __device__ __forceinline__ void store_zero_gradients(const BackwardArguments& p) {
   const KeyPassPlace at(p, blockIdx.x, C::keys);
   const SequenceInfo keys = resolve_sequence(p.side_k, at.b);
-  const int key = static_cast<int>(threadIdx.x) - first_main_group * 128;
+  const int key = static_cast<int>(threadIdx.x) - C::first_main_group * 128;
   if (key >= C::keys || at.first_key + key >= keys.length) return;
   const std::int64_t row = keys.first_row + at.first_key + key;
   store_zero_row<typename C::T>(p, at, row, p.dv, p.head_dim_v, p.dv_partial, C::dv);

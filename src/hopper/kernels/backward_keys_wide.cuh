@@ -49,7 +49,7 @@ struct WideKeyPassMain {
   __device__ __forceinline__ WideKeyPassMain(const BackwardArguments& p_,
                                              const KeyPassBarriers<C>& barriers_, char* smem_)
       : p(p_), barriers(barriers_), smem(smem_) {
-    group = static_cast<int>(threadIdx.x) / 128 - first_main_group;
+    group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
     // Opaque, so that they are kept: reading the thread index again in every tile is slow.
     warp = static_cast<int>(opaque(threadIdx.x % 128 / 32));
     lane = static_cast<int>(opaque(threadIdx.x % 32));
@@ -249,7 +249,8 @@ struct WideKeyPass {
   using T = T_;
   using Tuning = Tuning_;
   static constexpr int d = D_, dv = DV_;
-  static constexpr bool softcap = Softcap_;
+  static constexpr bool softcap = Softcap_, query_group = true;
+  static constexpr int threads = 512, first_main_group = 2;
   static constexpr int queries = backward_tile_queries, keys = 64, warpgroup_keys = 64;
   static constexpr int stages = Tuning::stages;
   using KeyTile = Tile<keys, d>;
