@@ -39,7 +39,7 @@ struct KeyPassTuning<96, 96> {
 
 template <>
 struct KeyPassTuning<128, 128> {
-  static constexpr int stages = 3, dq_columns = 64, statistics_window = 8;
+  static constexpr int stages = 3, dq_columns = 64, statistics_window = 7;
   static constexpr bool scores_ahead = false;
   static constexpr int producer_registers = 24, dq_registers = 72, main_registers = 208;
 };

@@ -49,8 +49,8 @@ bool uses_accumulator(const BackwardProblem& problem) {
 }
 
 /// Parts that the query heads of a group are split into, for two reasons. Too few blocks for the
-/// machine; and L2: blocks drift apart over the heads they loop over, and what all of them touch of
-/// the accumulator, Q and dO at one time should stay there. 1 otherwise: then dK and dV are stored
+/// machine; and L2: under a mask blocks differ in length and drift apart over the heads they loop
+/// over, and what all of them touch of the accumulator, Q and dO at one time should stay there. 1 otherwise: then dK and dV are stored
 /// once, from registers. 1 in deterministic mode: the order of a sum must not depend on what else
 /// is in the batch.
 int group_splits(const BackwardProblem& problem, const BackwardInstance& instance, int sm_count) {
@@ -60,7 +60,7 @@ int group_splits(const BackwardProblem& problem, const BackwardInstance& instanc
       std::max<std::int64_t>(1, ceil_div(rows, instance.key_pass_keys) * problem.heads_kv);
   const std::int64_t wanted = 2 * std::max(1, sm_count);
   std::int64_t splits = blocks >= wanted * 3 / 4 ? 1 : ceil_div(wanted, blocks);
-  if (instance.splits_for_l2 && uses_accumulator(problem)) {
+  if (instance.splits_for_l2 && uses_accumulator(problem) && !problem.mask.is_full()) {
     const std::int64_t heads =
         std::max<std::int64_t>(1, l2_of_heads / bytes_of_head(problem, instance.dims));
     splits = std::max(splits, ceil_div(problem.group, heads));

@@ -67,7 +67,7 @@ Status launch_query_pass(const BackwardArguments& p, DType dtype, unsigned grid,
   }                                                                           \
   const BackwardInstance backward_##D##_##DV = {{D, DV},                      \
                                                 Keys<__half, false>::keys,    \
-                                                D > 64 && D < 256,            \
+                                                D > 64 && D <= 128,           \
                                                 QueryPassTuning<D, DV>::keys, \
                                                 launch_key_pass<Keys>,        \
                                                 launch_query_pass<D, DV>};    \

@@ -38,7 +38,8 @@ struct KeyPass {
   static constexpr int stages = Tuning::stages;
   // With softcap there are too many values per score to have S of the next tile as well.
   static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
-  static constexpr bool query_group = true;  ///< a warpgroup of its own for dQ
+  static constexpr bool query_group = true;      ///< a warpgroup of its own for dQ
+  static constexpr bool heads_together = false;  ///< see QueryWalk
   static constexpr int threads = 512, first_main_group = 2;
   using KeyTile = Tile<keys, d>;
   using ValueTile = Tile<keys, dv>;
@@ -116,7 +117,11 @@ struct KeyPassBarriers {
 /// Which sequence, KV head and keys a block has, and which part of the group's query heads.
 struct KeyPassPlace {
   int b, kv_head, split, tile, first_key;
-  bool ascending;  ///< order of the query tiles
+  /// Order of the query tiles where the heads of a tile come together: every other section goes
+  /// upwards. Then blocks of a KV head are at the same queries at any time under a causal mask, and
+  /// what they share stays in L2: those that start together all begin with the last tile; they end
+  /// in the order of their keys, and the blocks that follow begin where their keys do.
+  bool ascending;
 
   __device__ KeyPassPlace(const BackwardArguments& p, unsigned block, int keys) {
     const BlockPlace place =
@@ -126,10 +131,7 @@ struct KeyPassPlace {
     b = place.pair / p.splits / p.heads_kv;
     tile = place.tile;
     first_key = tile * keys;
-#ifndef ALT
-#define ALT 1
-#endif
-    ascending = ALT == 2 || (ALT == 1 && p.alternate && place.pair / p.section % 2 == 1);
+    ascending = p.alternate && place.pair / p.section % 2 == 1;
   }
 };
 
@@ -150,64 +152,82 @@ struct KeyPassWork {
                         sequence.keys.length);
     iterations = heads * (tiles.end - tiles.begin);
   }
-
-  __device__ int first_tile() const { return place.ascending ? tiles.begin : tiles.end - 1; }
-  __device__ int tile_step() const { return place.ascending ? 1 : -1; }
 };
 
 /// What the main warpgroups need of the block, in shared memory: computing it takes more registers
 /// than they have.
 struct alignas(16) BlockFacts {
-  TileRange full;  ///< query tiles that need no mask
-  int first_tile, tile_step;
-  int heads;
-  int iterations;  ///< tiles of all heads
+  TileRange tiles;  ///< query tiles of each head
+  TileRange full;   ///< of them, those that need no mask
+  int heads, step;  ///< step: 1 or -1, where the heads of a tile come together
+  int iterations;   ///< tiles of all heads
 };
 static_assert(sizeof(BlockFacts) <= 64);
 
-/// Walks over (query tile, head) in the order that all roles share: tiles downwards, and all heads
-/// of a tile in turn. So the blocks of a KV head are at the same queries at any time, whatever their
-/// number of tiles, and what they share stays in L2: under a causal mask the last tile is everyone's
-/// first. Each block starts at another head, which keeps their additions to dQ apart.
+/// Walks over query heads and tiles in the order that all roles share: by default the tiles of one
+/// head after the other, upwards. `HeadsTogether`: all heads of a tile in turn, with the tiles in the
+/// direction of KeyPassPlace::ascending, and each block from another head on, which keeps their
+/// additions to dQ apart.
+template <bool HeadsTogether>
 struct QueryWalk {
-  int heads, first_head;
-  int turn = 0;  ///< heads of this tile that are done
+  TileRange tiles;
+  int first_head, heads, turn = 0;  ///< turn: heads of this tile that are done
   int head, tile, step;
   std::int64_t row;  ///< of the tile in the row statistics and in the accumulator
-  std::int64_t rows_of_head;
+  std::uint32_t head_step;  ///< in rows, from what is the last tile of a head to the next head's
 
   __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)
-      : heads(work.heads), first_head(work.first_head), rows_of_head(p.statistic_rows) {
-    head = first_head + work.place.tile % heads;
-    step = work.tile_step();
-    tile = work.first_tile();
+      : tiles(work.tiles),
+        first_head(work.first_head),
+        heads(work.heads),
+        head(work.first_head),
+        tile(work.tiles.begin),
+        step(1),
+        head_step(static_cast<std::uint32_t>(p.statistic_rows)) {
+    if constexpr (HeadsTogether) {
+      head += work.place.tile % heads;
+      step = work.place.ascending ? 1 : -1;
+      if (step < 0) tile = tiles.end - 1;
+    } else {
+      head_step -= (tiles.end - 1 - tiles.begin) * backward_tile_queries;
+    }
     row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
   }
 
   __device__ void advance() {
-    row += rows_of_head;
-    if (++head == first_head + heads) {
-      head = first_head;
-      row -= heads * rows_of_head;
-    }
-    if (++turn == heads) {
+    if constexpr (HeadsTogether) {
+      row += head_step;
+      if (++head == first_head + heads) {
+        head = first_head;
+        row -= static_cast<std::int64_t>(heads) * head_step;
+      }
+      if (++turn < heads) return;
       turn = 0;
       tile += step;
       row += step * backward_tile_queries;
+    } else {
+      if (++tile < tiles.end) {
+        row += backward_tile_queries;
+        return;
+      }
+      tile = tiles.begin;
+      row += head_step;
+      ++head;
     }
   }
 };
 
 /// The same walk as the main warpgroups see it.
-template <int Stages>
+template <class C>
 struct TilePosition {
-  int left;   ///< tiles that follow, over all heads
-  int tile;   ///< query tile
-  int heads;  ///< that still have this tile
-  RingPosition<Stages> ring;
+  int left;  ///< tiles that follow, over all heads
+  int tile;  ///< query tile
+  int turns = 0;
+  RingPosition<C::stages> ring;
 
   __device__ __forceinline__ explicit TilePosition(const BlockFacts& facts)
-      : left(facts.iterations - 1), tile(facts.first_tile), heads(facts.heads) {}
+      : left(facts.iterations - 1),
+        tile(C::heads_together && facts.step < 0 ? facts.tiles.end - 1 : facts.tiles.begin) {}
 
   __device__ __forceinline__ bool masked(const BlockFacts& facts) const {
     const TileRange full = facts.full;
@@ -216,9 +236,13 @@ struct TilePosition {
 
   __device__ __forceinline__ void advance(const BlockFacts& facts) {
     ring.advance();
-    if (--heads == 0) {
-      heads = facts.heads;
-      tile += facts.tile_step;
+    if constexpr (C::heads_together) {
+      if (++turns < facts.heads) return;
+      turns = 0;
+      tile += facts.step;
+    } else {
+      const TileRange tiles = facts.tiles;
+      if (++tile == tiles.end) tile = tiles.begin;
     }
   }
 };
@@ -239,7 +263,7 @@ struct KeyPassProducer {
   const KeyPassBarriers<C>& barriers;
   char* smem;
   TileSource query, dout;
-  QueryWalk walk;
+  QueryWalk<C::heads_together> walk;
   RingPosition<C::stages> ring;
   int left;  ///< tiles to load
 

@@ -82,7 +82,6 @@ struct JointKeyPassMain : KeyPassMain<C> {
   __device__ __forceinline__ void run_tiles(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
     Position at(this->facts());
     bool first = true;
-    ptx::mbarrier_wait(barriers.query_full, 0);
     do {
       const Ring ring = at.ring;
       this->step_in_order(dk, dv, at);
@@ -100,7 +99,7 @@ struct JointKeyPassMain : KeyPassMain<C> {
 /// Configuration of the key pass with these main warpgroups.
 template <class T_, int D_, int DV_, bool Softcap_, class Tuning_ = JointKeyPassTuning<D_, DV_>>
 struct JointKeyPass : KeyPass<T_, D_, DV_, Softcap_, Tuning_> {
-  static constexpr bool query_group = false;
+  static constexpr bool query_group = false, heads_together = true;
   static constexpr int threads = 384, first_main_group = 1;
   template <class C>
   using Main = JointKeyPassMain<C>;

@@ -22,8 +22,8 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
   if (threadIdx.x == 0) {
     auto* facts = reinterpret_cast<BlockFacts*>(smem + Smem::facts);
     const SequencePair& sequence = work.sequence;
-    facts->first_tile = work.first_tile();
-    facts->tile_step = work.tile_step();
+    facts->tiles = work.tiles;
+    facts->step = work.place.ascending ? 1 : -1;
     facts->heads = work.heads;
     facts->iterations = work.iterations;
     facts->full = full_tiles(p.mask, work.place.first_key, work.place.first_key + C::keys,

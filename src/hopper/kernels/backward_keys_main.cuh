@@ -150,7 +150,7 @@ struct KeyPassMain {
     return *reinterpret_cast<const BlockFacts*>(smem + Smem::facts);
   }
 
-  using Position = TilePosition<C::stages>;
+  using Position = TilePosition<C>;
 
   /// Tile i with S of tile i + 1 issued before dV and dK of tile i, so that its exponentials run
   /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
@@ -223,7 +223,6 @@ struct KeyPassMain {
   /// One tile after the other, and in a tile P before dP: S and dP are never alive together, which
   /// leaves registers to have LSE2 and D' at hand. dS is formed under dV; the other warpgroups fill
   /// the remaining gaps.
-  /// On entry Q is there.
   __device__ __forceinline__ void step_in_order(float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
                                                 Position& at) const {
     const RingPosition<C::stages> ring = at.ring;
@@ -232,6 +231,7 @@ struct KeyPassMain {
     std::uint32_t pa[query_blocks][4], wa[query_blocks][4], dsa[query_blocks][4];
     std::uint32_t visible = 0;
     float s[score_registers], dp[score_registers];
+    ptx::mbarrier_wait(barriers.query_full + stage, ring.phase);
     ptx::wgmma_fence();
     multiply_scores(s, stage);
     ptx::wgmma_commit();
@@ -263,21 +263,21 @@ struct KeyPassMain {
     score_gradients<T>(dp, C::softcap ? wa : pa, d);
     pack_operand<T>(dsa, dp);
     if (masked) keep_visible(dsa, visible);
-    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
+    if (p.dq_accumulator != nullptr) {
+      store_score_gradients(dsa, ring);
+      publish_score_gradients(ring);
+    }
     ptx::wgmma_fence();
     multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
     ptx::wgmma_commit();
-    if (p.dq_accumulator != nullptr) publish_score_gradients(ring);
-    at.advance(facts());
-    if (at.left > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
     ptx::wgmma_wait<0>();
     release(stage);
+    at.advance(facts());
   }
 
   __device__ __forceinline__ void run_in_order(float (&dk)[C::d / 2],
                                                float (&dv)[C::dv / 2]) const {
     Position at(facts());
-    ptx::mbarrier_wait(barriers.query_full, 0);
     do {
       step_in_order(dk, dv, at);
     } while (at.left-- > 0);

@@ -175,7 +175,7 @@ struct WideKeyPassMain {
   __device__ __forceinline__ void run_tiles(SharedColumns<C::d>& dk,
                                             SharedColumns<C::dv>& dv) const {
     static_assert(C::stages >= 2, "see publish()");
-    TilePosition<C::stages> at(facts());
+    TilePosition<C> at(facts());
     int previous = -1;
     do {
       const RingPosition<C::stages> ring = at.ring;
@@ -249,7 +249,7 @@ struct WideKeyPass {
   using T = T_;
   using Tuning = Tuning_;
   static constexpr int d = D_, dv = DV_;
-  static constexpr bool softcap = Softcap_, query_group = true;
+  static constexpr bool softcap = Softcap_, query_group = true, heads_together = true;
   static constexpr int threads = 512, first_main_group = 2;
   static constexpr int queries = backward_tile_queries, keys = 64, warpgroup_keys = 64;
   static constexpr int stages = Tuning::stages;
