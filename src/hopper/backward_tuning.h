@@ -60,12 +60,6 @@ template <int D, int DV>
 struct WideKeyPassTuning;
 
 template <>
-struct WideKeyPassTuning<192, 128> {
-  static constexpr int stages = 3, dq_columns = 64;
-  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
-};
-
-template <>
 struct WideKeyPassTuning<256, 256> {
   static constexpr int stages = 2, dq_columns = 64;
   static constexpr int producer_registers = 24, dq_registers = 104, main_registers = 192;

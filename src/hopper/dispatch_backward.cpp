@@ -50,9 +50,9 @@ bool uses_accumulator(const BackwardProblem& problem) {
 
 /// Parts that the query heads of a group are split into, for two reasons. Too few blocks for the
 /// machine; and L2: under a mask blocks differ in length and drift apart over the heads they loop
-/// over, and what all of them touch of the accumulator, Q and dO at one time should stay there. 1 otherwise: then dK and dV are stored
-/// once, from registers. 1 in deterministic mode: the order of a sum must not depend on what else
-/// is in the batch.
+/// over, and what all of them touch of the accumulator, Q and dO at one time should stay there. 1
+/// otherwise: then dK and dV are stored once, from registers. 1 in deterministic mode: the order of
+/// a sum must not depend on what else is in the batch.
 int group_splits(const BackwardProblem& problem, const BackwardInstance& instance, int sm_count) {
   if (problem.dk.data == nullptr || problem.deterministic || problem.group == 1) return 1;
   const std::int64_t rows = problem.packed_k ? problem.rows_k : problem.batch * problem.rows_k;

@@ -10,8 +10,8 @@
 namespace sinkattn::hopper {
 
 template <class Kernel>
-Status launch_pass(Kernel kernel, int threads, int shared_bytes, const char* name, const BackwardArguments& p,
-                   unsigned grid, cudaStream_t stream) {
+Status launch_pass(Kernel kernel, int threads, int shared_bytes, const char* name,
+                   const BackwardArguments& p, unsigned grid, cudaStream_t stream) {
   SINKATTN_RETURN_IF_ERROR(cuda_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
       name));

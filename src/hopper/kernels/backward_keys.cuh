@@ -165,15 +165,15 @@ struct alignas(16) BlockFacts {
 static_assert(sizeof(BlockFacts) <= 64);
 
 /// Walks over query heads and tiles in the order that all roles share: by default the tiles of one
-/// head after the other, upwards. `HeadsTogether`: all heads of a tile in turn, with the tiles in the
-/// direction of KeyPassPlace::ascending, and each block from another head on, which keeps their
+/// head after the other, upwards. `HeadsTogether`: all heads of a tile in turn, with the tiles in
+/// the direction of KeyPassPlace::ascending, and each block from another head on, which keeps their
 /// additions to dQ apart.
 template <bool HeadsTogether>
 struct QueryWalk {
   TileRange tiles;
   int first_head, heads, turn = 0;  ///< turn: heads of this tile that are done
   int head, tile, step;
-  std::int64_t row;  ///< of the tile in the row statistics and in the accumulator
+  std::int64_t row;         ///< of the tile in the row statistics and in the accumulator
   std::uint32_t head_step;  ///< in rows, from what is the last tile of a head to the next head's
 
   __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)

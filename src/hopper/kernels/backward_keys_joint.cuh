@@ -39,8 +39,7 @@ struct JointKeyPassMain : KeyPassMain<C> {
     const std::uint32_t base = this->smem_base();
     const unsigned column = opaque(start);
     constexpr int slab = C::KeyTile::slab_bytes;
-    const std::uint64_t a =
-        descriptor::k_major(base + Smem::score + slot * C::ScoreTile::bytes);
+    const std::uint64_t a = descriptor::k_major(base + Smem::score + slot * C::ScoreTile::bytes);
     const std::uint64_t b =
         descriptor::mn_major(base + Smem::key + column / 64 * slab + column % 64 * 2, slab);
 #pragma unroll

@@ -128,7 +128,8 @@ struct KeyPassMain {
       ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
   }
 
-  using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window / (C::softcap ? 4 : 1)>;
+  using Statistics =
+      ColumnStatistics<C::queries / 8, Tuning::statistics_window / (C::softcap ? 4 : 1)>;
 
   __device__ __forceinline__ Statistics lse2(int stage) const {
     return Statistics(statistics + stage * C::queries * 4);
