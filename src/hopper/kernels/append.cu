@@ -12,7 +12,7 @@
 namespace sinkattn::hopper {
 namespace {
 
-constexpr int block_threads = 128;
+constexpr int block_threads = 256;
 constexpr int vector_elements = 8;  // 16 bytes; the checks guarantee the alignment
 
 /// A row of a packed or dense tensor as token `t` of sequence `b`.
@@ -97,6 +97,25 @@ union Vector {
   __device__ Vector() : bits{} {}
 };
 
+/// N consecutive entries of a rotary table row; `aligned`: rows start at multiples of 16 bytes.
+template <int N, class T>
+__device__ void load_table(const T* at, bool aligned, float (&values)[N]) {
+  static_assert(N == 4 || N == 8);
+  using Word = std::conditional_t<N == 4, uint2, uint4>;
+  union {
+    Word bits;
+    T element[N];
+  } entries = {};
+  if (aligned) {
+    entries.bits = *reinterpret_cast<const Word*>(at);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) entries.element[i] = at[i];
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = to_float(entries.element[i]);
+}
+
 template <class T>
 __device__ void rotate_pair(T& first, T& second, float cosine, float sine) {
   const float x = to_float(first);
@@ -108,7 +127,7 @@ __device__ void rotate_pair(T& first, T& second, float cosine, float sine) {
 /// Chunk `chunk` (8 elements) of one head vector, rotated. Without interleaving the thread of a
 /// chunk in the first half of the rotary dim does the partner chunk as well.
 template <class T>
-__device__ void rotate_chunk(const AppendProblem& p, const T* from, T* to, int chunk,
+__device__ void rotate_chunk(const AppendProblem& p, bool aligned, const T* from, T* to, int chunk,
                              std::int64_t table_row) {
   const int half = static_cast<int>(p.rotary_dim) / 2;
   const int first = vector_elements * chunk;
@@ -120,11 +139,14 @@ __device__ void rotate_chunk(const AppendProblem& p, const T* from, T* to, int c
   const T* cosines = static_cast<const T*>(p.rotary_cos) + table_row;
   const T* sines = static_cast<const T*>(p.rotary_sin) + table_row;
   if (p.rotary_interleaved) {
+    constexpr int pairs = vector_elements / 2;
+    float cosine[pairs], sine[pairs];
     x.bits = *reinterpret_cast<const uint4*>(from + first);
+    load_table(cosines + first / 2, aligned, cosine);
+    load_table(sines + first / 2, aligned, sine);
 #pragma unroll
-    for (int i = 0; i < vector_elements / 2; ++i) {
-      rotate_pair(x.element[2 * i], x.element[2 * i + 1], to_float(cosines[first / 2 + i]),
-                  to_float(sines[first / 2 + i]));
+    for (int i = 0; i < pairs; ++i) {
+      rotate_pair(x.element[2 * i], x.element[2 * i + 1], cosine[i], sine[i]);
     }
     *reinterpret_cast<uint4*>(to + first) = x.bits;
     return;
@@ -133,17 +155,19 @@ __device__ void rotate_chunk(const AppendProblem& p, const T* from, T* to, int c
   Vector<T> y;
   x.bits = *reinterpret_cast<const uint4*>(from + first);
   y.bits = *reinterpret_cast<const uint4*>(from + first + half);
+  float cosine[vector_elements], sine[vector_elements];
+  load_table(cosines + first, aligned, cosine);
+  load_table(sines + first, aligned, sine);
 #pragma unroll
   for (int i = 0; i < vector_elements; ++i) {
-    rotate_pair(x.element[i], y.element[i], to_float(cosines[first + i]),
-                to_float(sines[first + i]));
+    rotate_pair(x.element[i], y.element[i], cosine[i], sine[i]);
   }
   *reinterpret_cast<uint4*>(to + first) = x.bits;
   *reinterpret_cast<uint4*>(to + first + half) = y.bits;
 }
 
 template <class T>
-__device__ void append_token(const AppendProblem& p, std::uint32_t row) {
+__device__ void append_token(const AppendProblem& p, bool aligned, std::uint32_t row) {
   const Token token =
       find_token(p.side_new, p.batch, static_cast<std::uint32_t>(p.longest_new), row);
   if (!token.used) return;
@@ -166,7 +190,7 @@ __device__ void append_token(const AppendProblem& p, std::uint32_t row) {
     const T* source = static_cast<const T*>(from.data) + from.offset(batch, from_row, head);
     T* target = static_cast<T*>(to.data) + slot_offset(p.cache, to, cache_row, slot, head);
     if (is_key) {
-      rotate_chunk(p, source, target, chunk, table_row);
+      rotate_chunk(p, aligned, source, target, chunk, table_row);
     } else {
       const int at = vector_elements * (chunk - key_chunks);
       *reinterpret_cast<uint4*>(target + at) = *reinterpret_cast<const uint4*>(source + at);
@@ -176,7 +200,7 @@ __device__ void append_token(const AppendProblem& p, std::uint32_t row) {
 
 /// One row of the query tensor, all heads; rows outside every sequence become zero.
 template <class T>
-__device__ void rotate_query(const AppendProblem& p, std::uint32_t row) {
+__device__ void rotate_query(const AppendProblem& p, bool aligned, std::uint32_t row) {
   const Token token = find_token(p.side_q, p.batch, static_cast<std::uint32_t>(p.rows_q), row);
   const std::int64_t batch = p.packed_q ? 0 : token.b;
   const std::int64_t at_row = p.packed_q ? row : row % static_cast<std::uint32_t>(p.rows_q);
@@ -189,7 +213,7 @@ __device__ void rotate_query(const AppendProblem& p, std::uint32_t row) {
     const T* source = static_cast<const T*>(p.query.data) + p.query.offset(batch, at_row, head);
     T* target = static_cast<T*>(p.query_rotated.data) + p.query_rotated.offset(batch, at_row, head);
     if (token.used) {
-      rotate_chunk(p, source, target, chunk, table_row);
+      rotate_chunk(p, aligned, source, target, chunk, table_row);
     } else {
       *reinterpret_cast<uint4*>(target + vector_elements * chunk) = make_uint4(0, 0, 0, 0);
     }
@@ -204,18 +228,19 @@ __device__ void count_slots(const AppendProblem& p, std::int64_t b) {
   p.seqused_after[b] = static_cast<std::int32_t>(used + (added < room ? added : room));
 }
 
-/// Blocks: one per new row, one per query row (with rotary), then the used slots of 128 sequences.
-/// The next grid is not let in early: blocks of the decode kernel that come while these still hold
-/// registers start out of step, and then read the heads of a token at different times (tuning log).
+/// Blocks: one per new row, one per query row (with rotary), then the used slots of 256 sequences.
+/// The next grid may start only when the blocks are nearly done: blocks of the decode kernel that
+/// come early are spread unevenly between them, and then read heads of the same tokens out of step.
 template <class T>
 __global__ void __launch_bounds__(block_threads)
-    append_kernel(const __grid_constant__ AppendProblem p, unsigned new_rows, unsigned query_rows) {
+    append_kernel(const __grid_constant__ AppendProblem p, unsigned new_rows, unsigned query_rows,
+                  bool aligned) {
   ptx::wait_for_previous_grid();
   const unsigned block = blockIdx.x;
   if (block < new_rows) {
-    append_token<T>(p, block);
+    append_token<T>(p, aligned, block);
   } else if (block < new_rows + query_rows) {
-    rotate_query<T>(p, block - new_rows);
+    rotate_query<T>(p, aligned, block - new_rows);
   } else {
     count_slots(
         p, static_cast<std::int64_t>(block - new_rows - query_rows) * block_threads + threadIdx.x);
@@ -235,10 +260,14 @@ Status launch_append(const AppendProblem& p, cudaStream_t stream) {
                          "k: expected fewer than 2^31 new tokens and queries, got more");
   }
   if (grid == 0) return {};
+  const auto low_bits = reinterpret_cast<std::uintptr_t>(p.rotary_cos) |
+                        reinterpret_cast<std::uintptr_t>(p.rotary_sin) |
+                        static_cast<std::uintptr_t>(2 * p.rotary_stride);
+  const bool aligned = low_bits % 16 == 0;
   const auto launch = [&](auto kernel) {
     return launch_dependent("append_kernel", kernel,
                             LaunchSize{static_cast<int>(grid), block_threads}, stream, p,
-                            static_cast<unsigned>(new_rows), static_cast<unsigned>(query_rows));
+                            static_cast<unsigned>(new_rows), static_cast<unsigned>(query_rows), aligned);
   };
   return p.cache.key.dtype == DType::bfloat16 ? launch(append_kernel<__nv_bfloat16>)
                                               : launch(append_kernel<__half>);

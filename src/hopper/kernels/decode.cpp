@@ -193,7 +193,7 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.sink = p.sink;
   params.side_q = p.side_q;
   params.side_k = p.side_k;
-  params.mask = p.mask;
+  params.mask = narrow_mask(p.mask);
   params.batch = static_cast<int>(p.batch);
   params.heads_kv = static_cast<int>(p.heads_kv);
   params.group = static_cast<int>(p.group);

@@ -63,7 +63,7 @@ struct DecodeParams {
   RowsTensor lse;
   VectorView sink;
   SequenceSide side_q, side_k;
-  Mask mask;
+  Mask32 mask;
   int batch, heads_kv, group, head_dim, head_dim_v;
   bool packed_q, packed_k;
   float scale;       ///< of a raw score, in natural units; 1 with a softcap

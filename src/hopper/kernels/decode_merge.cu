@@ -100,6 +100,18 @@ __device__ void add_batch(const Batch& batch, const float* weights, int pieces, 
   }
 }
 
+/// Weighted sum over the pieces first, first + step, ..; `batch` holds the first of them.
+__device__ float4 sum_pieces(const DecodeMerge& p, const DecodeSlots& slots, int pieces, int row,
+                             int column, const float* weights, int first, int step, Batch& batch) {
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  add_batch(batch, weights, pieces, first, step, sum);
+  for (int i = first + loads_in_flight * step; i < pieces; i += loads_in_flight * step) {
+    load_batch(p, slots, pieces, row, column, i, step, batch);
+    add_batch(batch, weights, pieces, i, step, sum);
+  }
+  return sum;
+}
+
 __device__ float4 add(const float4& a, const float4& b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
@@ -159,11 +171,7 @@ __global__ void __launch_bounds__(block_threads, 2)
           const float sink = load_sink(p.sink, output_of(p, cut, r).head);
           merged = weigh(p, slots, cut.pieces, r, sink, weights[warp]);
         }
-        add_batch(batch, weights[warp], cut.pieces, first, step, sum);
-        for (int i = first + loads_in_flight * step; i < cut.pieces; i += loads_in_flight * step) {
-          load_batch(p, slots, cut.pieces, r, column, i, step, batch);
-          add_batch(batch, weights[warp], cut.pieces, i, step, sum);
-        }
+        sum = sum_pieces(p, slots, cut.pieces, r, column, weights[warp], first, step, batch);
       }
       loaded = false;
       if (halves == 2) sum = add(sum, swap_halves(sum));
