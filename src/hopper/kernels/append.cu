@@ -245,6 +245,7 @@ __global__ void __launch_bounds__(block_threads)
     count_slots(
         p, static_cast<std::int64_t>(block - new_rows - query_rows) * block_threads + threadIdx.x);
   }
+  ptx::launch_dependent_grids();  // they wait for this grid to end before they read
 }
 
 }  // namespace

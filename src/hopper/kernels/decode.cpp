@@ -145,7 +145,9 @@ Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch, const D
   merge.group = params.group;
   merge.head_dim_v = params.head_dim_v;
   merge.packed_q = p.packed_q;
-  return launch_decode_merge(merge, launch.cuts, stream);
+  const auto pieces = static_cast<int>(launch.splits > 0 ? launch.splits : launch.grid / units(p, launch) + 1);
+  const auto rows = static_cast<int>(std::min<std::int64_t>(launch.rows, packed_rows(p)));
+  return launch_decode_merge(merge, launch.cuts, rows, pieces, stream);
 }
 
 }  // namespace

@@ -114,7 +114,8 @@ struct DecodeFill {
 };
 Status launch_decode_fill(const DecodeFill& fill, cudaStream_t stream);
 
-/// Merges the row tiles of a list, after the decode kernel.
+/// Merges the row tiles of a list, after the decode kernel. `rows`: of a row tile, at most;
+/// `pieces`: of one, about.
 struct DecodeMerge {
   HeadsTensor out;
   RowsTensor lse;
@@ -126,6 +127,7 @@ struct DecodeMerge {
   int tile_rows, columns, group, head_dim_v;
   bool packed_q;
 };
-Status launch_decode_merge(const DecodeMerge& merge, int entries, cudaStream_t stream);
+Status launch_decode_merge(const DecodeMerge& merge, int entries, int rows, int pieces,
+                           cudaStream_t stream);
 
 }  // namespace sinkattn::hopper
