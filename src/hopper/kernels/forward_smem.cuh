@@ -17,6 +17,7 @@ struct TileInfo {
   std::int32_t first_position;             ///< of the tile in its sequence
   std::int32_t first_row, length, extent;  ///< of the sequence's queries; see SequenceInfo
   std::int32_t keys, key_end;              ///< their number, and the row after the last of them
+  std::int32_t visible_begin, visible_end; ///< paged: keys that any row of the tile sees
   std::int32_t block_begin, block_end;     ///< key blocks to visit
   bool valid;                              ///< false: there are no more tiles
 };
@@ -34,6 +35,7 @@ struct ForwardSmem {
   std::uint64_t key_full[C::stages], key_empty[C::stages];
   std::uint64_t value_full[C::stages], value_empty[C::stages];
   std::uint64_t tile_full[C::query_stages];
+  std::uint64_t page_full;  ///< paged: values that the producer completes
   TileInfo tile[C::query_stages];
   PackedCursor cursor;
 
