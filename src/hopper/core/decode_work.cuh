@@ -27,7 +27,8 @@ struct DecodePiece {
   int entry;         ///< of the row tile in the list of what is to be merged
 };
 
-/// One sequence as the kernel needs it; equal in all threads. Lengths are below 2^30 (dispatch).
+/// One sequence as the kernel needs it; equal in all threads. Lengths, and the key tiles of a whole
+/// batch that is shared out, are below 2^30 (dispatch, decode.cpp).
 template <int RowTile, int TileKeys>
 struct DecodeSequence {
   using Keys = BasicRange<int>;
@@ -76,8 +77,8 @@ struct DecodeSequence {
   }
 
   /// Key tiles of all row tiles and KV heads: the sequence's share of the line.
-  __device__ std::int64_t line_length(const DecodeParams& p, int tiles) const {
-    return static_cast<std::int64_t>(tiles) * row_tiles() * p.heads_kv;
+  __device__ int line_length(const DecodeParams& p, int tiles) const {
+    return tiles * row_tiles() * p.heads_kv;
   }
 };
 
@@ -117,24 +118,26 @@ class DecodeWork {
 
   /// By one thread at the end: the row tile that this block began and others continue, if any.
   __device__ void list_cut(const DecodeParams& p) const {
-    DecodeCut cut = {};
     if (p.splits > 0) {
-      if (piece.index != 0) return;
-      cut.pieces = piece.count;
-    } else if (part_begins_cut_) {
-      cut.pieces = piece.count;
+      if (piece.index == 0) p.cuts[piece.entry] = describe_cut();
+    } else if (!p.list_by_unit) {
+      p.cuts[blockIdx.x] = part_begins_cut_ ? describe_cut() : DecodeCut{};
     }
-    if (cut.pieces > 1) {
-      cut.first_q = sequence.first_q;
-      cut.b = piece.b;
-      cut.kv_head = piece.kv_head;
-      cut.first_row = piece.row_tile * RowTile;
-      cut.rows = min(RowTile, sequence.rows - cut.first_row);
-    }
-    p.cuts[p.splits > 0 ? piece.entry : static_cast<int>(blockIdx.x)] = cut;
   }
 
  private:
+  __device__ DecodeCut describe_cut() const {
+    DecodeCut cut = {};
+    cut.first_q = sequence.first_q;
+    cut.pieces = piece.count;
+    cut.entry = piece.entry;
+    cut.b = piece.b;
+    cut.kv_head = piece.kv_head;
+    cut.first_row = piece.row_tile * RowTile;
+    cut.rows = min(RowTile, sequence.rows - cut.first_row);
+    return cut;
+  }
+
   /// Heads vary fastest, so that blocks which run together read neighbouring heads of the same
   /// tokens. Where there are too few keys for p.splits pieces, the last blocks have nothing to do.
   __device__ bool take_static(const DecodeParams& p) {
@@ -176,18 +179,21 @@ class DecodeWork {
       tiles_ = sequence.key_tiles(p);
       unit_ = 0;
     }
-    const std::int64_t unit_begin = line_ + static_cast<std::int64_t>(unit_) * tiles_;
-    const std::int64_t first = unit_begin / part_;
-    const std::int64_t last = (unit_begin + tiles_ - 1) / part_;
-    const int take = static_cast<int>(min(left_, static_cast<std::int64_t>(tiles_ - tile_)));
+    const int unit_begin = line_ + unit_ * tiles_;
+    const int first = unit_begin / part_;
+    const int last = (unit_begin + tiles_ - 1) / part_;
+    const int take = min(left_, tiles_ - tile_);
     piece.b = b_;
     piece.kv_head = unit_ % p.heads_kv;
     piece.row_tile = unit_ / p.heads_kv;
     set_keys(sequence.keys_of_tile(p, piece.row_tile), tile_, tile_ + take);
-    piece.index = static_cast<int>(blockIdx.x - first);
-    piece.count = static_cast<int>(last - first + 1);
-    piece.entry = static_cast<int>(first);
+    piece.index = static_cast<int>(blockIdx.x) - first;
+    piece.count = last - first + 1;
+    piece.entry = first;
     part_begins_cut_ = piece.index == 0 && piece.count > 1;
+    if (p.list_by_unit && piece.index == 0) {
+      p.cuts[(b_ * p.row_tiles + piece.row_tile) * p.heads_kv + piece.kv_head] = describe_cut();
+    }
     left_ -= take;
     tile_ = 0;
     ++unit_;
@@ -196,17 +202,17 @@ class DecodeWork {
 
   /// What the threads of the block have measured, together.
   struct Totals {
-    std::int64_t sum, before;  ///< before: the sum of earlier threads
+    int sum, before;  ///< before: the sum of earlier threads
     int longest, shortest;
   };
 
-  __device__ Totals total(std::int64_t value, int longest, int shortest) {
+  __device__ Totals total(int value, int longest, int shortest) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    std::int64_t sum = value;
+    int sum = value;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const std::int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
+      const int other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
     longest = __reduce_max_sync(0xffffffffu, longest);
@@ -233,7 +239,7 @@ class DecodeWork {
   struct Candidate {
     Sequence sequence;
     int b, tiles = 0;
-    std::int64_t length = 0;
+    int length = 0;
 
     __device__ Candidate(const DecodeParams& p, int base)
         : b(base + static_cast<int>(threadIdx.x)) {
@@ -250,7 +256,7 @@ class DecodeWork {
     Candidate candidate(p, 0);
     Totals totals = total(candidate.length, candidate.tiles,
                           candidate.tiles > 0 ? candidate.tiles : 1 << 30);
-    std::int64_t sum = totals.sum;
+    int sum = totals.sum;
     int longest = totals.longest;
     int shortest = totals.shortest;
     for (int base = threads; base < p.batch; base += threads) {
@@ -260,16 +266,16 @@ class DecodeWork {
       longest = max(longest, more.longest);
       shortest = min(shortest, more.shortest);
     }
-    std::int64_t part = (sum + gridDim.x - 1) / gridDim.x;
-    part = max(part, static_cast<std::int64_t>(p.min_tiles));
-    part = max(part, static_cast<std::int64_t>(longest / (decode_max_pieces - 2) + 1));
+    int part = (sum + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    part = max(part, p.min_tiles);
+    part = max(part, longest / (decode_max_pieces - 2) + 1);
     if (shortest == longest) part = whole_pieces(part, longest);
-    const std::int64_t start = part * blockIdx.x;
+    const int start = part * static_cast<int>(blockIdx.x);
     if (threadIdx.x == 0) {
       part_ = part;
       left_ = min(part, sum - start);
     }
-    std::int64_t line = 0;
+    int line = 0;
     for (int base = 0; start < sum; base += threads) {
       if (base > 0) {
         candidate = Candidate(p, base);
@@ -284,28 +290,28 @@ class DecodeWork {
   }
 
   /// By all threads; the one whose sequence contains `start` sets the block's position.
-  __device__ void begin_at(const Candidate& candidate, std::int64_t line, std::int64_t start) {
+  __device__ void begin_at(const Candidate& candidate, int line, int start) {
     if (start < line || start >= line + candidate.length) return;
     sequence = candidate.sequence;
     tiles_ = candidate.tiles;
     b_ = candidate.b;
     line_ = line;
-    unit_ = static_cast<int>((start - line) / tiles_);
-    tile_ = static_cast<int>((start - line) % tiles_);
+    unit_ = (start - line) / tiles_;
+    tile_ = (start - line) - unit_ * tiles_;
   }
 
   /// Equal sequences: a part of whole row tiles, or an equal piece of one, where that is at most
   /// 1/16 longer. Fewer pieces are worth more than the last few per cent of balance.
-  __device__ static std::int64_t whole_pieces(std::int64_t part, int tiles) {
-    const std::int64_t rounded = part >= tiles ? (part + tiles - 1) / tiles * tiles
+  __device__ static int whole_pieces(int part, int tiles) {
+    const int rounded = part >= tiles ? (part + tiles - 1) / tiles * tiles
                                                : (tiles + tiles / part - 1) / (tiles / part);
     return rounded <= part + part / 16 ? rounded : part;
   }
 
-  std::int64_t left_;  ///< key tiles of this block's part that are not taken; static: 0, then -1
-  std::int64_t line_;  ///< key tiles before sequence b_
-  std::int64_t part_;  ///< key tiles of a block
-  std::int64_t sums_[Warps];
+  int left_;  ///< key tiles of this block's part that are not taken; static: 0, then -1
+  int line_;  ///< key tiles before sequence b_
+  int part_;  ///< key tiles of a block
+  int sums_[Warps];
   int longest_[Warps], shortest_[Warps];
   int b_, unit_, tile_, tiles_;
   bool more_;

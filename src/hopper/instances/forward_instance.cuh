@@ -14,8 +14,9 @@ inline constexpr int max_shared_bytes = 232448;  // per block, compute capabilit
 template <class T, int HeadDim, int HeadDimV, ForwardUse Use = ForwardUse::general,
           bool Paged = false>
 ForwardInstance forward_instance(const char* name) {
-  using Config =
-      ForwardConfig<T, HeadDim, HeadDimV, ForwardTile<HeadDim, HeadDimV, Use>::shape, Paged>;
+  using Tiles = std::conditional_t<Paged, PagedTile<HeadDim, HeadDimV, Use>,
+                                   ForwardTile<HeadDim, HeadDimV, Use>>;
+  using Config = ForwardConfig<T, HeadDim, HeadDimV, Tiles::shape, Paged>;
   static_assert(sizeof(ForwardSmem<Config>) <= max_shared_bytes);
   constexpr DType dtype = std::is_same_v<T, __half> ? DType::float16 : DType::bfloat16;
   return {name,

@@ -7,6 +7,7 @@
 
 #include "hopper/kernels/element.cuh"
 #include "hopper/launch_dependent.h"
+#include "hopper/ptx/parameters.cuh"
 #include "hopper/ptx/sync.cuh"
 
 namespace sinkattn::hopper {
@@ -124,60 +125,74 @@ __device__ void rotate_pair(T& first, T& second, float cosine, float sine) {
   second = from_float<T>(x * sine + y * cosine);
 }
 
-/// Chunk `chunk` (8 elements) of one head vector, rotated. Without interleaving the thread of a
-/// chunk in the first half of the rotary dim does the partner chunk as well.
-template <class T>
-__device__ void rotate_chunk(const AppendProblem& p, bool aligned, const T* from, T* to, int chunk,
-                             std::int64_t table_row) {
-  const int half = static_cast<int>(p.rotary_dim) / 2;
+/// What happens to a chunk (8 elements) of a head vector. Without interleaving the thread of a chunk
+/// in the first half of the rotary dim does the partner in the second half as well.
+enum class Rotation { none, interleaved, with_partner, by_partner };
+
+__device__ Rotation rotation_of(const AppendProblem& p, int chunk) {
   const int first = vector_elements * chunk;
-  Vector<T> x;
-  if (first >= 2 * half || p.rotary_dim == 0) {
-    *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(from + first);
-    return;
-  }
-  const T* cosines = static_cast<const T*>(p.rotary_cos) + table_row;
-  const T* sines = static_cast<const T*>(p.rotary_sin) + table_row;
-  if (p.rotary_interleaved) {
-    constexpr int pairs = vector_elements / 2;
-    float cosine[pairs], sine[pairs];
-    x.bits = *reinterpret_cast<const uint4*>(from + first);
-    load_table(cosines + first / 2, aligned, cosine);
-    load_table(sines + first / 2, aligned, sine);
-#pragma unroll
-    for (int i = 0; i < pairs; ++i) {
-      rotate_pair(x.element[2 * i], x.element[2 * i + 1], cosine[i], sine[i]);
-    }
-    *reinterpret_cast<uint4*>(to + first) = x.bits;
-    return;
-  }
-  if (first >= half) return;
-  Vector<T> y;
-  x.bits = *reinterpret_cast<const uint4*>(from + first);
-  y.bits = *reinterpret_cast<const uint4*>(from + first + half);
-  float cosine[vector_elements], sine[vector_elements];
-  load_table(cosines + first, aligned, cosine);
-  load_table(sines + first, aligned, sine);
-#pragma unroll
-  for (int i = 0; i < vector_elements; ++i) {
-    rotate_pair(x.element[i], y.element[i], cosine[i], sine[i]);
-  }
-  *reinterpret_cast<uint4*>(to + first) = x.bits;
-  *reinterpret_cast<uint4*>(to + first + half) = y.bits;
+  if (first >= static_cast<int>(p.rotary_dim)) return Rotation::none;
+  if (p.rotary_interleaved) return Rotation::interleaved;
+  return 2 * first < static_cast<int>(p.rotary_dim) ? Rotation::with_partner : Rotation::by_partner;
 }
+
+/// A chunk on its way, and its partner if it has one. Loaded before the position is known: the two
+/// ways to memory then overlap.
+template <class T>
+struct MovingChunk {
+  Rotation rotation;
+  int at, partner_at;
+  Vector<T> own, partner;
+
+  __device__ MovingChunk(Rotation how, const T* from, int chunk, int rotary_dim)
+      : rotation(how), at(vector_elements * chunk), partner_at(at + rotary_dim / 2) {
+    own.bits = *reinterpret_cast<const uint4*>(from + at);
+    if (rotation == Rotation::with_partner) {
+      partner.bits = *reinterpret_cast<const uint4*>(from + partner_at);
+    }
+  }
+
+  /// Rotates by row `table_row` of the tables.
+  __device__ void rotate(const AppendProblem& p, bool aligned, std::int64_t table_row) {
+    const T* cosines = static_cast<const T*>(p.rotary_cos) + table_row;
+    const T* sines = static_cast<const T*>(p.rotary_sin) + table_row;
+    if (rotation == Rotation::interleaved) {
+      constexpr int pairs = vector_elements / 2;
+      float cosine[pairs], sine[pairs];
+      load_table(cosines + at / 2, aligned, cosine);
+      load_table(sines + at / 2, aligned, sine);
+#pragma unroll
+      for (int i = 0; i < pairs; ++i) {
+        rotate_pair(own.element[2 * i], own.element[2 * i + 1], cosine[i], sine[i]);
+      }
+    } else if (rotation == Rotation::with_partner) {
+      float cosine[vector_elements], sine[vector_elements];
+      load_table(cosines + at, aligned, cosine);
+      load_table(sines + at, aligned, sine);
+#pragma unroll
+      for (int i = 0; i < vector_elements; ++i) {
+        rotate_pair(own.element[i], partner.element[i], cosine[i], sine[i]);
+      }
+    }
+  }
+
+  __device__ void store(T* to) const {
+    if (rotation == Rotation::by_partner) return;
+    *reinterpret_cast<uint4*>(to + at) = own.bits;
+    if (rotation == Rotation::with_partner) {
+      *reinterpret_cast<uint4*>(to + partner_at) = partner.bits;
+    }
+  }
+};
 
 template <class T>
 __device__ void append_token(const AppendProblem& p, bool aligned, std::uint32_t row) {
   const Token token =
       find_token(p.side_new, p.batch, static_cast<std::uint32_t>(p.longest_new), row);
   if (!token.used) return;
-  const std::int64_t slot = used_slots(p, token.b) + token.t;
-  if (slot >= p.capacity) return;  // writes past the capacity are dropped
-  const std::int64_t cache_row = p.cache.cache_row(token.b);
   const bool packed = p.side_new.cu_seqlens != nullptr;
   const std::int64_t batch = packed ? 0 : token.b;
   const std::int64_t from_row = packed ? row : token.t;
-  const std::int64_t table_row = p.rotary_dim > 0 ? rotary_row(p, token.b, token.t) : 0;
   const int key_chunks = static_cast<int>(p.head_dim) / vector_elements;
   const int chunks = key_chunks + static_cast<int>(p.head_dim_v) / vector_elements;
   for (int item = threadIdx.x; item < static_cast<int>(p.heads_kv) * chunks;
@@ -188,13 +203,15 @@ __device__ void append_token(const AppendProblem& p, bool aligned, std::uint32_t
     const HeadsTensor& from = is_key ? p.key_new : p.value_new;
     const HeadsTensor& to = is_key ? p.cache.key : p.cache.value;
     const T* source = static_cast<const T*>(from.data) + from.offset(batch, from_row, head);
-    T* target = static_cast<T*>(to.data) + slot_offset(p.cache, to, cache_row, slot, head);
-    if (is_key) {
-      rotate_chunk(p, aligned, source, target, chunk, table_row);
-    } else {
-      const int at = vector_elements * (chunk - key_chunks);
-      *reinterpret_cast<uint4*>(target + at) = *reinterpret_cast<const uint4*>(source + at);
+    MovingChunk<T> moving(is_key ? rotation_of(p, chunk) : Rotation::none, source,
+                          is_key ? chunk : chunk - key_chunks, static_cast<int>(p.rotary_dim));
+    const std::int64_t slot = used_slots(p, token.b) + token.t;
+    if (slot >= p.capacity) return;  // writes past the capacity are dropped
+    if (moving.rotation != Rotation::none) {
+      moving.rotate(p, aligned, rotary_row(p, token.b, token.t));
     }
+    moving.store(static_cast<T*>(to.data) +
+                 slot_offset(p.cache, to, p.cache.cache_row(token.b), slot, head));
   }
 }
 
@@ -204,19 +221,20 @@ __device__ void rotate_query(const AppendProblem& p, bool aligned, std::uint32_t
   const Token token = find_token(p.side_q, p.batch, static_cast<std::uint32_t>(p.rows_q), row);
   const std::int64_t batch = p.packed_q ? 0 : token.b;
   const std::int64_t at_row = p.packed_q ? row : row % static_cast<std::uint32_t>(p.rows_q);
-  const std::int64_t table_row =
-      token.used ? rotary_row(p, token.b, p.rotate_queries_by_position ? token.t : 0) : 0;
   const int chunks = static_cast<int>(p.head_dim) / vector_elements;
   for (int item = threadIdx.x; item < static_cast<int>(p.heads_q) * chunks; item += block_threads) {
     const int head = item / chunks;
     const int chunk = item % chunks;
     const T* source = static_cast<const T*>(p.query.data) + p.query.offset(batch, at_row, head);
     T* target = static_cast<T*>(p.query_rotated.data) + p.query_rotated.offset(batch, at_row, head);
-    if (token.used) {
-      rotate_chunk(p, aligned, source, target, chunk, table_row);
-    } else {
+    if (!token.used) {
       *reinterpret_cast<uint4*>(target + vector_elements * chunk) = make_uint4(0, 0, 0, 0);
+      continue;
     }
+    MovingChunk<T> moving(rotation_of(p, chunk), source, chunk, static_cast<int>(p.rotary_dim));
+    moving.rotate(p, aligned,
+                  rotary_row(p, token.b, p.rotate_queries_by_position ? token.t : 0));
+    moving.store(target);
   }
 }
 
@@ -235,6 +253,7 @@ template <class T>
 __global__ void __launch_bounds__(block_threads)
     append_kernel(const __grid_constant__ AppendProblem p, unsigned new_rows, unsigned query_rows,
                   bool aligned) {
+  ptx::fetch_parameters(p);
   ptx::wait_for_previous_grid();
   const unsigned block = blockIdx.x;
   if (block < new_rows) {

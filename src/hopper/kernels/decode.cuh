@@ -22,6 +22,7 @@
 #include "hopper/launch_dependent.h"
 #include "hopper/ptx/copy_async.cuh"
 #include "hopper/ptx/mbarrier.cuh"
+#include "hopper/ptx/parameters.cuh"
 #include "hopper/ptx/sync.cuh"
 
 namespace sinkattn::hopper {
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(C::threads, C::tuning.blocks)
   auto& work = *reinterpret_cast<typename C::Work*>(memory + Smem::work_at);
   auto& results = *reinterpret_cast<typename C::Results*>(memory + Smem::results_at);
   const std::uint32_t smem = ptx::shared_address(memory);
+  ptx::fetch_parameters(p);
   ptx::wait_for_previous_grid();
   ptx::launch_dependent_grids();  // they wait for this grid to end before they read
   work.begin(p);

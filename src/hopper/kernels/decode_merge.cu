@@ -7,6 +7,7 @@
 #include "hopper/kernels/decode.h"
 #include "hopper/kernels/element.cuh"
 #include "hopper/launch_dependent.h"
+#include "hopper/ptx/parameters.cuh"
 #include "hopper/ptx/sync.cuh"
 
 namespace sinkattn::hopper {
@@ -82,6 +83,12 @@ __device__ Output output_of(const DecodeMerge& p, const DecodeCut& cut, int r) {
   const int row = cut.first_row + r;
   return {p.packed_q ? 0 : cut.b, cut.first_q + row / p.group,
           cut.kv_head * p.group + row % p.group};
+}
+
+/// Query head of row `r` of a row tile whose place in the list is known.
+__device__ int head_of_unit(const DecodeMerge& p, int unit, int r) {
+  const int row = unit / p.heads_kv % p.row_tiles * p.tile_rows + r;
+  return unit % p.heads_kv * p.group + row % p.group;
 }
 
 /// Loads in flight of a lane, 16 bytes each.
@@ -161,9 +168,7 @@ __global__ void __launch_bounds__(block_threads, 4)
     decode_merge_kernel(const __grid_constant__ DecodeMerge p) {
   __shared__ float weights[block_warps][MostPieces];
   __shared__ float4 exchange[block_warps][32];
-  ptx::wait_for_previous_grid();
-  ptx::launch_dependent_grids();
-  const DecodeSlots slots(p.splits, static_cast<int>(blockIdx.x));
+  ptx::fetch_parameters(p);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int halves = p.columns <= 64 ? 2 : 1;
@@ -174,12 +179,18 @@ __global__ void __launch_bounds__(block_threads, 4)
   Batch<RowWarps == 1 ? 4 : 8> batch;
   PieceLse<MostPieces> lse;
   const bool ahead = p.splits > 0;
+  float sink = 0.0f;  // nothing that the decode kernel writes: it began behind all others
+  if (p.by_unit) sink = load_sink(p.sink, head_of_unit(p, static_cast<int>(blockIdx.x), r));
+  ptx::wait_for_previous_grid();
+  ptx::launch_dependent_grids();
   if (ahead) {
+    const DecodeSlots slots(p.splits, static_cast<int>(blockIdx.x));
     load_lse<MostPieces>(p, slots, p.splits, r, lse);
     load_batch(p, slots, p.splits, r, 4 * (lane % lanes), first, step, batch);
   }
   const DecodeCut cut = p.cuts[blockIdx.x];
   if (cut.pieces <= 1) return;
+  const DecodeSlots slots(p.splits, cut.entry);
   const bool used = r < cut.rows;
   const Output to = output_of(p, cut, r);
   MergedLse merged = {};
@@ -188,7 +199,8 @@ __global__ void __launch_bounds__(block_threads, 4)
       load_lse<MostPieces>(p, slots, cut.pieces, r, lse);
       load_batch(p, slots, cut.pieces, r, 4 * (lane % lanes), first, step, batch);
     }
-    merged = weigh<MostPieces>(lse, cut.pieces, load_sink(p.sink, to.head), weights[warp]);
+    if (!p.by_unit) sink = load_sink(p.sink, to.head);
+    merged = weigh<MostPieces>(lse, cut.pieces, sink, weights[warp]);
   }
 #pragma unroll 1
   for (int from = 0; from < p.columns; from += 4 * lanes) {
