@@ -75,7 +75,8 @@ int choose_splits(const ForwardProblem& p, const ForwardInstance& instance, int 
   const std::int64_t tiles = count_tiles(p, instance.tile_m);
   const std::int64_t blocks = ceil_div(p.longest_k, instance.tile_n);
   const bool enough = static_cast<double>(tiles) >= enough_tiles_per_sm * sms;
-  if (tiles == 0 || enough || !p.mask.is_full()) return 1;
+  const bool few_keys = p.mask.left >= 0 || p.mask.chunk > 0;
+  if (tiles == 0 || enough || few_keys) return 1;
   const std::int64_t wanted = std::min(sms / tiles, blocks / least_blocks_per_split);
   return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, most_splits));
 }

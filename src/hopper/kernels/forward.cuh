@@ -17,7 +17,7 @@ __device__ inline void initialize_barriers(ForwardSmem<C>& smem) {
   for (int i = 0; i < C::query_stages; ++i) {
     ptx::mbarrier_init(&smem.tile_full[i], 1);
     ptx::mbarrier_init(&smem.query_full[i], 1);
-    ptx::mbarrier_init(&smem.query_empty[i], warps);
+    ptx::mbarrier_init(&smem.query_empty[i], warps + (C::paged ? 1 : 0));
   }
   for (int i = 0; i < C::stages; ++i) {
     ptx::mbarrier_init(&smem.key_full[i], 1);
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(C::threads, 1)
   if (warpgroup == 0) {
     ptx::registers_decrease<C::producer_registers>();
     if constexpr (C::paged) {
-      if (threadIdx.x / 32 == 0) load_paged_tiles<C>(a, smem);
+      if (threadIdx.x / 32 == 0) load_paged_keys<C>(a, smem);
+      if (threadIdx.x / 32 == 2) load_paged_values<C>(a, smem);
     } else {
       if (threadIdx.x == 0) load_tiles<C>(a, smem);
     }

@@ -18,9 +18,8 @@
 
 namespace sinkattn::hopper {
 
-/// What one lane loads of a key block: rows of one page.
+/// What one lane loads of a key block: rows from `row` on of one page. page < 0: nothing.
 struct PageBox {
-  bool used;
   int page, row;
 };
 
@@ -28,10 +27,9 @@ template <class C>
 __device__ inline PageBox find_box(const ForwardArguments& a, const TileInfo& tile, int block) {
   const int offset = static_cast<int>(threadIdx.x % 32) * a.page_box_rows;
   const int token = block * C::tile_n + offset;
-  PageBox box{offset < C::tile_n && token < tile.visible_end &&
-                  token + a.page_box_rows > tile.visible_begin,
-              0, 0};
-  if (box.used) {
+  PageBox box{-1, 0};
+  if (offset < C::tile_n && token < tile.visible_end &&
+      token + a.page_box_rows > tile.visible_begin) {
     const int page_size = static_cast<int>(a.keys.page_size);
     const int entry = token / page_size;
     box.row = token - entry * page_size;
@@ -49,10 +47,10 @@ __device__ inline void load_boxes(const ForwardArguments& a, const PageBox& box,
                                   std::uint64_t* barrier, int slabs) {
   const int lane = threadIdx.x % 32;
   const int box_bytes = a.page_box_rows * slab_row_bytes;
-  const int boxes = __popc(__ballot_sync(0xffffffffu, box.used));
+  const int boxes = __popc(__ballot_sync(0xffffffffu, box.page >= 0));
   if (lane == 0) ptx::mbarrier_arrive_expect_tx(barrier, boxes * box_bytes * slabs);
   __syncwarp();  // the bytes are announced before the first of them can come
-  if (box.used) {
+  if (box.page >= 0) {
 #pragma unroll
     for (int slab = 0; slab < T::slabs; ++slab) {
       if (slab >= slabs) break;
@@ -85,26 +83,27 @@ __device__ inline void clear_unseen_rows(const TileInfo& tile, int block, unsign
   __syncwarp();
 }
 
-/// The loading warp; the order of loads is that of load_tiles().
+/// The keys of a tile, by one warp, with its queries in front. Pages are looked up a block ahead, so
+/// that no copy waits for the table.
 template <class C>
-__device__ inline void load_paged_tiles(const ForwardArguments& a, ForwardSmem<C>& smem) {
+__device__ inline void load_paged_keys(const ForwardArguments& a, ForwardSmem<C>& smem) {
   using Smem = ForwardSmem<C>;
   const int lane = threadIdx.x % 32;
   RingPosition<C::query_stages> q;
-  RingPosition<C::stages> k, v;
-  std::uint32_t page_parity = 0;
+  RingPosition<C::stages> k;
   for (;; q.advance()) {
     ptx::mbarrier_wait(&smem.tile_full[q.stage], q.parity);  // arrive: schedule_tiles
     const TileInfo& tile = smem.tile[q.stage];
     const bool valid = tile.valid;
     const int begin = tile.block_begin;
-    const int end = tile.block_end;
+    int block = tile.block_end - 1;
     __syncwarp();  // everyone has read: without key blocks the tile's description may go
-    if (!valid || begin >= end) {
+    if (!valid || block < begin) {
       if (lane == 0) ptx::mbarrier_arrive(&smem.query_full[q.stage]);
       if (!valid) return;
       continue;
     }
+    PageBox box = find_box<C>(a, tile, block);
     if (lane == 0) {
       load_tile<typename Smem::Query>(smem.query[q.stage], &a.query, &smem.query_full[q.stage],
                                       {0, a.map_rows_q - tile.length + tile.first_position,
@@ -112,31 +111,50 @@ __device__ inline void load_paged_tiles(const ForwardArguments& a, ForwardSmem<C
                                       a.query_slabs);
     }
     __syncwarp();
-    for (int block = end; block >= begin; --block) {
-      if (block > begin) {
-        const PageBox box = find_box<C>(a, tile, block - 1);
-        ptx::mbarrier_wait(&smem.key_empty[k.stage], k.parity ^ 1);  // arrive: release_key
-        load_boxes<typename Smem::Key>(a, box, tile.kv_head, smem.key[k.stage], &a.key,
-                                       &smem.key_full[k.stage], a.query_slabs);
-        k.advance();
-      }
-      if (block < end) {
-        const bool cut = block * C::tile_n < tile.visible_begin ||
-                         (block + 1) * C::tile_n > tile.visible_end;
-        const PageBox box = find_box<C>(a, tile, block);
-        ptx::mbarrier_wait(&smem.value_empty[v.stage], v.parity ^ 1);  // arrive: release_value
-        load_boxes<typename Smem::Value>(a, box, tile.kv_head, smem.value[v.stage], &a.value,
-                                         cut ? &smem.page_full : &smem.value_full[v.stage],
-                                         a.value_slabs);
-        if (cut) {
-          ptx::mbarrier_wait(&smem.page_full, page_parity);  // arrive: the load just made
-          page_parity ^= 1;
-          clear_unseen_rows<C>(tile, block, smem.value[v.stage], a.value_slabs);
-          if (lane == 0) ptx::mbarrier_arrive(&smem.value_full[v.stage]);
-        }
-        v.advance();
-      }
+    for (; block >= begin; --block) {
+      ptx::mbarrier_wait(&smem.key_empty[k.stage], k.parity ^ 1);  // arrive: release_key
+      load_boxes<typename Smem::Key>(a, box, tile.kv_head, smem.key[k.stage], &a.key,
+                                     &smem.key_full[k.stage], a.query_slabs);
+      if (block > begin) box = find_box<C>(a, tile, block - 1);
+      k.advance();
     }
+  }
+}
+
+/// The values of a tile, by another warp. It takes part in releasing the tile's description, which
+/// the consumers of a tile without key blocks give back at once.
+template <class C>
+__device__ inline void load_paged_values(const ForwardArguments& a, ForwardSmem<C>& smem) {
+  using Smem = ForwardSmem<C>;
+  const int lane = threadIdx.x % 32;
+  RingPosition<C::query_stages> q;
+  RingPosition<C::stages> v;
+  std::uint32_t page_parity = 0;
+  for (;; q.advance()) {
+    ptx::mbarrier_wait(&smem.tile_full[q.stage], q.parity);  // arrive: schedule_tiles
+    const TileInfo& tile = smem.tile[q.stage];
+    if (!tile.valid) return;
+    const int begin = tile.block_begin;
+    int block = tile.block_end - 1;
+    PageBox box = find_box<C>(a, tile, block);
+    for (; block >= begin; --block) {
+      const bool cut = block * C::tile_n < tile.visible_begin ||
+                       (block + 1) * C::tile_n > tile.visible_end;
+      ptx::mbarrier_wait(&smem.value_empty[v.stage], v.parity ^ 1);  // arrive: release_value
+      load_boxes<typename Smem::Value>(a, box, tile.kv_head, smem.value[v.stage], &a.value,
+                                       cut ? &smem.page_full : &smem.value_full[v.stage],
+                                       a.value_slabs);
+      if (cut) {
+        ptx::mbarrier_wait(&smem.page_full, page_parity);  // arrive: the load just made
+        page_parity ^= 1;
+        clear_unseen_rows<C>(tile, block, smem.value[v.stage], a.value_slabs);
+        if (lane == 0) ptx::mbarrier_arrive(&smem.value_full[v.stage]);
+      }
+      if (block > begin) box = find_box<C>(a, tile, block - 1);
+      v.advance();
+    }
+    __syncwarp();  // everyone has read the description
+    if (lane == 0) ptx::mbarrier_arrive(&smem.query_empty[q.stage]);
   }
 }
 
