@@ -7,9 +7,13 @@ namespace sinkattn::hopper {
 
 /// Query positions, and packed rows (positions x heads of a group), up to which the decode kernel
 /// runs instead of the general one. A tile of 32 packed rows here takes as long as one of 192
-/// positions of a head there. Head dim 64, group 8, 8x32768 keys: 32 positions 815 against 864 us,
-/// 48 positions 1218 against 865; 1x4096: 24 against 26, 36 against 26.
-inline constexpr long long decode_positions = 32;
+/// positions of a head there (twice as long where the rows are 16). Group 8, us here and there:
+/// head dim 64, 8x32768 keys, 32 positions 815, 864, 48 positions 1218, 865; 128, 8x4096, 16
+/// positions 97, 147, 32 positions 185, 147; 256, 1x32768, 8 positions 150, 249, 16 positions 285,
+/// 252.
+constexpr long long decode_positions(long long head_dim) {
+  return head_dim <= 96 ? 32 : head_dim <= 128 ? 24 : 12;
+}
 inline constexpr long long decode_rows = 512;
 
 /// Blocks that share a row tile, at most, where the heuristic decides. 1x131072 tokens with one KV

@@ -23,7 +23,7 @@ bool decode_can_serve(const ForwardProblem& p) {
 }
 
 bool decode_serves(const ForwardProblem& p) {
-  return decode_can_serve(p) && p.longest_q <= decode_positions &&
+  return decode_can_serve(p) && p.longest_q <= decode_positions(p.head_dim) &&
          p.longest_q * p.group <= decode_rows;
 }
 

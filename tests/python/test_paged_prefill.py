@@ -166,9 +166,16 @@ def test_chunk_is_appended_first(device):
         at = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         parts.append(
             sinkattn.flash_attn_with_kvcache(
-                q[:, at], cache.k, cache.v, k[:, at], v[:, at], cache_seqlens=chunk * CHUNK,
-                causal=True, learnable_sink=sink, **cache.options,
-            )  # fmt: skip
+                q[:, at],
+                cache.k,
+                cache.v,
+                k[:, at],
+                v[:, at],
+                cache_seqlens=chunk * CHUNK,
+                causal=True,
+                learnable_sink=sink,
+                **cache.options,
+            )
         )
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=2e-2, atol=2e-2)
 

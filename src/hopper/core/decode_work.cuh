@@ -254,8 +254,8 @@ class DecodeWork {
   /// Every block finds the same numbers from the same lengths; nothing is exchanged.
   __device__ void find_part(const DecodeParams& p) {
     Candidate candidate(p, 0);
-    Totals totals = total(candidate.length, candidate.tiles,
-                          candidate.tiles > 0 ? candidate.tiles : 1 << 30);
+    Totals totals =
+        total(candidate.length, candidate.tiles, candidate.tiles > 0 ? candidate.tiles : 1 << 30);
     int sum = totals.sum;
     int longest = totals.longest;
     int shortest = totals.shortest;
@@ -304,7 +304,7 @@ class DecodeWork {
   /// 1/16 longer. Fewer pieces are worth more than the last few per cent of balance.
   __device__ static int whole_pieces(int part, int tiles) {
     const int rounded = part >= tiles ? (part + tiles - 1) / tiles * tiles
-                                               : (tiles + tiles / part - 1) / (tiles / part);
+                                      : (tiles + tiles / part - 1) / (tiles / part);
     return rounded <= part + part / 16 ? rounded : part;
   }
 

@@ -4,7 +4,8 @@
 namespace sinkattn::hopper {
 
 ForwardInstance forward_paged_256_bf16() {
-  return forward_instance<__nv_bfloat16, 256, 256, ForwardUse::general, true>("forward_paged_256_bf16");
+  return forward_instance<__nv_bfloat16, 256, 256, ForwardUse::general, true>(
+      "forward_paged_256_bf16");
 }
 
 ForwardInstance forward_paged_256_fp16() {

@@ -4,7 +4,8 @@
 namespace sinkattn::hopper {
 
 ForwardInstance forward_paged_64_bf16() {
-  return forward_instance<__nv_bfloat16, 64, 64, ForwardUse::general, true>("forward_paged_64_bf16");
+  return forward_instance<__nv_bfloat16, 64, 64, ForwardUse::general, true>(
+      "forward_paged_64_bf16");
 }
 
 ForwardInstance forward_paged_64_fp16() {
@@ -12,7 +13,8 @@ ForwardInstance forward_paged_64_fp16() {
 }
 
 ForwardInstance forward_paged_64_window_bf16() {
-  return forward_instance<__nv_bfloat16, 64, 64, ForwardUse::window, true>("forward_paged_64_window_bf16");
+  return forward_instance<__nv_bfloat16, 64, 64, ForwardUse::window, true>(
+      "forward_paged_64_window_bf16");
 }
 
 ForwardInstance forward_paged_64_window_fp16() {

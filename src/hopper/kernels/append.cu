@@ -125,8 +125,8 @@ __device__ void rotate_pair(T& first, T& second, float cosine, float sine) {
   second = from_float<T>(x * sine + y * cosine);
 }
 
-/// What happens to a chunk (8 elements) of a head vector. Without interleaving the thread of a chunk
-/// in the first half of the rotary dim does the partner in the second half as well.
+/// What happens to a chunk (8 elements) of a head vector. Without interleaving the thread of a
+/// chunk in the first half of the rotary dim does the partner in the second half as well.
 enum class Rotation { none, interleaved, with_partner, by_partner };
 
 __device__ Rotation rotation_of(const AppendProblem& p, int chunk) {
@@ -232,8 +232,7 @@ __device__ void rotate_query(const AppendProblem& p, bool aligned, std::uint32_t
       continue;
     }
     MovingChunk<T> moving(rotation_of(p, chunk), source, chunk, static_cast<int>(p.rotary_dim));
-    moving.rotate(p, aligned,
-                  rotary_row(p, token.b, p.rotate_queries_by_position ? token.t : 0));
+    moving.rotate(p, aligned, rotary_row(p, token.b, p.rotate_queries_by_position ? token.t : 0));
     moving.store(target);
   }
 }
@@ -285,9 +284,9 @@ Status launch_append(const AppendProblem& p, cudaStream_t stream) {
                         static_cast<std::uintptr_t>(2 * p.rotary_stride);
   const bool aligned = low_bits % 16 == 0;
   const auto launch = [&](auto kernel) {
-    return launch_dependent("append_kernel", kernel,
-                            LaunchSize{static_cast<int>(grid), block_threads}, stream, p,
-                            static_cast<unsigned>(new_rows), static_cast<unsigned>(query_rows), aligned);
+    return launch_dependent(
+        "append_kernel", kernel, LaunchSize{static_cast<int>(grid), block_threads}, stream, p,
+        static_cast<unsigned>(new_rows), static_cast<unsigned>(query_rows), aligned);
   };
   return p.cache.key.dtype == DType::bfloat16 ? launch(append_kernel<__nv_bfloat16>)
                                               : launch(append_kernel<__half>);

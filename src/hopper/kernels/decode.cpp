@@ -153,7 +153,8 @@ Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch, const D
   merge.heads_kv = params.heads_kv;
   merge.row_tiles = params.row_tiles;
   merge.by_unit = launch.splits > 0 || launch.list_by_unit;
-  const auto pieces = static_cast<int>(launch.splits > 0 ? launch.splits : launch.grid / units(p, launch) + 1);
+  const auto pieces =
+      static_cast<int>(launch.splits > 0 ? launch.splits : launch.grid / units(p, launch) + 1);
   const auto rows = static_cast<int>(std::min<std::int64_t>(launch.rows, packed_rows(p)));
   return launch_decode_merge(merge, launch.cuts, rows, pieces, stream);
 }
@@ -226,7 +227,7 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.row_tiles = launch.row_tiles;
   params.splits = launch.splits;
   params.list_by_unit = launch.list_by_unit;
-  params.min_tiles = p.num_splits > 0   ? 1
+  params.min_tiles = p.num_splits > 0     ? 1
                      : launch.splits == 0 ? decode_min_tiles
                                           : decode_min_tiles_alone;
   params.partial_out = reinterpret_cast<float*>(memory);

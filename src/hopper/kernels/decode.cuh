@@ -88,9 +88,10 @@ __device__ void copy_query(const DecodeParams& p, const typename C::Work::Sequen
 
 /// Visible keys of this thread's rows, and the keys that every row of the tile sees.
 template <class C>
-__device__ BasicRange<int> limit_rows(const DecodeParams& p, const typename C::Work::Sequence& sequence,
-                            const DecodePiece& piece, int first_row, int valid_rows,
-                            typename C::Rows& state) {
+__device__ BasicRange<int> limit_rows(const DecodeParams& p,
+                                      const typename C::Work::Sequence& sequence,
+                                      const DecodePiece& piece, int first_row, int valid_rows,
+                                      typename C::Rows& state) {
   const int g = static_cast<int>(threadIdx.x % 32) / 4;
 #pragma unroll
   for (int m = 0; m < C::RowTiles; ++m) {
@@ -110,13 +111,14 @@ __device__ BasicRange<int> limit_rows(const DecodeParams& p, const typename C::W
 /// One warp's way through the keys of the piece.
 template <class C>
 __device__ void stream_keys(const DecodeParams& p, const BasicRange<int>& inside,
-                            typename C::Stream& stream,
-                            typename C::Rows& state, int first, int end) {
+                            typename C::Stream& stream, typename C::Rows& state, int first,
+                            int end) {
   int slot = 0;
   for (int key = first; key < end; key += C::tile_keys) {
     stream.wait();  // for the copies that start() or refill() committed Slots steps ago
     const std::uint32_t at = stream.slot_address(slot);
-    state.attend(p, at, at + C::Stream::KeyTile::bytes, key, key >= inside.begin && key + C::keys <= inside.end);
+    state.attend(p, at, at + C::Stream::KeyTile::bytes, key,
+                 key >= inside.begin && key + C::keys <= inside.end);
     __syncwarp();  // all lanes have read the slot
     stream.refill(p, slot);
     slot = slot + 1 == C::tuning.slots ? 0 : slot + 1;

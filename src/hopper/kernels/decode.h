@@ -89,7 +89,7 @@ struct DecodeLaunch {
   int splits = 1;                  ///< as in DecodeParams
   int row_tiles = 1;               ///< of the longest sequence
   int grid = 0;
-  int cuts = 0;            ///< entries of the list for the merge
+  int cuts = 0;  ///< entries of the list for the merge
   bool list_by_unit = false;
   std::int64_t slots = 0;  ///< pieces in the workspace
   std::size_t lse_offset = 0, cuts_offset = 0, bytes = 0;

@@ -112,8 +112,8 @@ __device__ void load_batch(const DecodeMerge& p, const DecodeSlots& slots, int p
 }
 
 template <int N>
-__device__ void add_batch(const Batch<N>& batch, const float* weights, int pieces, int first, int step,
-                          float4& sum) {
+__device__ void add_batch(const Batch<N>& batch, const float* weights, int pieces, int first,
+                          int step, float4& sum) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const int i = first + j * step;
@@ -128,7 +128,8 @@ __device__ void add_batch(const Batch<N>& batch, const float* weights, int piece
 /// Weighted sum over the pieces first, first + step, ..; `batch` holds the first of them.
 template <int N>
 __device__ float4 sum_pieces(const DecodeMerge& p, const DecodeSlots& slots, int pieces, int row,
-                             int column, const float* weights, int first, int step, Batch<N>& batch) {
+                             int column, const float* weights, int first, int step,
+                             Batch<N>& batch) {
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
   add_batch(batch, weights, pieces, first, step, sum);
   for (int i = first + N * step; i < pieces; i += N * step) {
@@ -160,9 +161,9 @@ __device__ void store_columns(const DecodeMerge& p, std::int64_t at, const float
   }
 }
 
-/// Block (entry of the list, rows of its row tile); `RowWarps` warps share the pieces of a row. With
-/// at most 64 columns the halves of a warp share them as well. Equal pieces (splits > 0) are nearly
-/// all to be merged: all loads start before the entry of the list is there.
+/// Block (entry of the list, rows of its row tile); `RowWarps` warps share the pieces of a row.
+/// With at most 64 columns the halves of a warp share them as well. Equal pieces (splits > 0) are
+/// nearly all to be merged: all loads start before the entry of the list is there.
 template <int RowWarps, int MostPieces>
 __global__ void __launch_bounds__(block_threads, 4)
     decode_merge_kernel(const __grid_constant__ DecodeMerge p) {
@@ -233,9 +234,9 @@ Status launch_decode_merge(const DecodeMerge& merge, int entries, int rows, int 
                            cudaStream_t stream) {
   const auto launch = [&](auto kernel, int row_warps) {
     const int block_rows = block_warps / row_warps;
-    return launch_dependent("decode_merge_kernel", kernel,
-                            LaunchSize{entries, block_threads, 0, (rows + block_rows - 1) / block_rows},
-                            stream, merge);
+    return launch_dependent(
+        "decode_merge_kernel", kernel,
+        LaunchSize{entries, block_threads, 0, (rows + block_rows - 1) / block_rows}, stream, merge);
   };
   return pieces > 8 ? launch(decode_merge_kernel<8, decode_max_splits>, 8)
                     : launch(decode_merge_kernel<1, decode_max_pieces>, 1);

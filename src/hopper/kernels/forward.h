@@ -36,10 +36,10 @@ struct ForwardArguments {
   KeyStorage keys;
   bool keys_packed;
   std::int32_t page_box_rows;  ///< paged: rows of a box; divides the page and the key block
-  RowsTensor lse;        ///< null: not wanted; with splits that of the partials
-  HeadsTensor zero_out;  ///< out again, for the rows that take no part
-  VectorView sink;       ///< null with splits: the merge adds it
-  float scale;           ///< raw score (after the soft cap) -> natural units
+  RowsTensor lse;              ///< null: not wanted; with splits that of the partials
+  HeadsTensor zero_out;        ///< out again, for the rows that take no part
+  VectorView sink;             ///< null with splits: the merge adds it
+  float scale;                 ///< raw score (after the soft cap) -> natural units
   float scale_log2;
   float rescale_limit;  ///< growth of the maximum (raw) that the exponentials tolerate
   float softcap;        ///< 0: none

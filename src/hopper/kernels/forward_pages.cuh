@@ -21,42 +21,42 @@ namespace sinkattn::hopper {
 /// What one lane loads of a key block: rows from `row` on of one page. page < 0: nothing.
 struct PageBox {
   int page, row;
+  int boxes;  ///< of all lanes
 };
 
 template <class C>
 __device__ inline PageBox find_box(const ForwardArguments& a, const TileInfo& tile, int block) {
   const int offset = static_cast<int>(threadIdx.x % 32) * a.page_box_rows;
   const int token = block * C::tile_n + offset;
-  PageBox box{-1, 0};
-  if (offset < C::tile_n && token < tile.visible_end &&
-      token + a.page_box_rows > tile.visible_begin) {
+  const bool used = offset < C::tile_n && token < tile.visible_end &&
+                    token + a.page_box_rows > tile.visible_begin;
+  PageBox box{-1, 0, __popc(__ballot_sync(0xffffffffu, used))};
+  if (used) {
     const int page_size = static_cast<int>(a.keys.page_size);
     const int entry = token / page_size;
     box.row = token - entry * page_size;
-    box.page = clamp<int>(
-        __ldg(a.keys.page_table + tile.key_batch * a.keys.page_table_stride + entry), 0,
-        static_cast<int>(a.keys.num_pages) - 1);
+    box.page =
+        clamp<int>(__ldg(a.keys.page_table + tile.key_batch * a.keys.page_table_stride + entry), 0,
+                   static_cast<int>(a.keys.num_pages) - 1);
   }
   return box;
 }
 
-/// Loads the first `slabs` slabs of the boxes of all lanes; announces the bytes to `barrier`.
+/// Loads the first `slabs` slabs of the boxes of all lanes; announces the bytes to `barrier`. Bytes
+/// may come before they are announced: the phase cannot end before the arrival that does so.
 template <class T>
 __device__ inline void load_boxes(const ForwardArguments& a, const PageBox& box, int kv_head,
                                   const unsigned char* destination, const CUtensorMap* map,
                                   std::uint64_t* barrier, int slabs) {
   const int lane = threadIdx.x % 32;
   const int box_bytes = a.page_box_rows * slab_row_bytes;
-  const int boxes = __popc(__ballot_sync(0xffffffffu, box.page >= 0));
-  if (lane == 0) ptx::mbarrier_arrive_expect_tx(barrier, boxes * box_bytes * slabs);
-  __syncwarp();  // the bytes are announced before the first of them can come
+  if (lane == 0) ptx::mbarrier_arrive_expect_tx(barrier, box.boxes * box_bytes * slabs);
   if (box.page >= 0) {
 #pragma unroll
     for (int slab = 0; slab < T::slabs; ++slab) {
       if (slab >= slabs) break;
-      ptx::tma_load(
-          ptx::shared_address(destination) + slab * T::slab_bytes + lane * box_bytes, map, barrier,
-          {slab * slab_columns, box.row, 0, kv_head, box.page});
+      ptx::tma_load(ptx::shared_address(destination) + slab * T::slab_bytes + lane * box_bytes, map,
+                    barrier, {slab * slab_columns, box.row, 0, kv_head, box.page});
     }
   }
   __syncwarp();
@@ -83,8 +83,8 @@ __device__ inline void clear_unseen_rows(const TileInfo& tile, int block, unsign
   __syncwarp();
 }
 
-/// The keys of a tile, by one warp, with its queries in front. Pages are looked up a block ahead, so
-/// that no copy waits for the table.
+/// The keys of a tile, by one warp, with its queries in front. Pages are looked up a block ahead,
+/// so that no copy waits for the table.
 template <class C>
 __device__ inline void load_paged_keys(const ForwardArguments& a, ForwardSmem<C>& smem) {
   using Smem = ForwardSmem<C>;
@@ -138,8 +138,8 @@ __device__ inline void load_paged_values(const ForwardArguments& a, ForwardSmem<
     int block = tile.block_end - 1;
     PageBox box = find_box<C>(a, tile, block);
     for (; block >= begin; --block) {
-      const bool cut = block * C::tile_n < tile.visible_begin ||
-                       (block + 1) * C::tile_n > tile.visible_end;
+      const bool cut =
+          block * C::tile_n < tile.visible_begin || (block + 1) * C::tile_n > tile.visible_end;
       ptx::mbarrier_wait(&smem.value_empty[v.stage], v.parity ^ 1);  // arrive: release_value
       load_boxes<typename Smem::Value>(a, box, tile.kv_head, smem.value[v.stage], &a.value,
                                        cut ? &smem.page_full : &smem.value_full[v.stage],

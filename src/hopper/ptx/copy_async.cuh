@@ -17,11 +17,10 @@ __device__ inline void copy_async_16(std::uint32_t destination, const void* sour
 /// The same for what is read once: it is the first to leave L2 again.
 __device__ inline void copy_async_16_once(std::uint32_t destination, const void* source, bool valid,
                                           std::uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
-          destination),
-      "l"(source), "r"(valid ? 16 : 0), "l"(policy)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   destination),
+               "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
 }
 
 /// Cache policy of such copies.
