@@ -2,6 +2,7 @@
 // The forward on Hopper: which kernel serves a problem, in which order, with how many splits.
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 #include <numeric>
 
 #include "common/backend.h"
@@ -43,9 +44,11 @@ std::int64_t page_box_rows(const ForwardProblem& p, int tile_n) {
   return std::gcd(p.keys.page_size, std::int64_t{tile_n});
 }
 
-/// The general kernel copies whole boxes: pages of a multiple of 8 slots, keys from slot 0 on.
+/// The general kernel copies whole boxes: pages of a multiple of 8 slots, keys from slot 0 on. Ids
+/// have 32 bits there.
 bool takes_pages(const ForwardProblem& p) {
-  return p.keys.page_size % 8 == 0 && p.side_k.leftpad == nullptr && p.keys.num_pages > 0;
+  return p.keys.page_size % 8 == 0 && p.side_k.leftpad == nullptr && p.keys.num_pages > 0 &&
+         p.keys.num_pages <= std::numeric_limits<std::int32_t>::max();
 }
 
 /// Where things lie in the workspace.
