@@ -99,7 +99,7 @@ class DecodeWork {
       left_ = 0;
       b_ = unit_ = tile_ = 0;
       line_ = 0;
-      part_begins_cut_ = more_ = false;
+      part_begins_cut_ = false;
     }
     if (p.splits == 0) find_part(p);
   }
@@ -108,10 +108,8 @@ class DecodeWork {
   __device__ bool next(const DecodeParams& p) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      if (more_) {
-        last_piece = piece;
-        last_sequence = sequence;
-      }
+      last_piece = piece;
+      last_sequence = sequence;
       more_ = p.splits > 0 ? take_static(p) : take_balanced(p);
     }
     __syncthreads();
@@ -145,20 +143,19 @@ class DecodeWork {
   __device__ bool take_static(const DecodeParams& p) {
     if (left_ < 0) return false;
     left_ = -1;
-    const int block = static_cast<int>(blockIdx.x);
-    const int per_head = p.by_heads.divide(block);
-    const int unit = p.by_splits.divide(per_head);
-    piece.kv_head = block - per_head * p.heads_kv;
-    piece.index = per_head - unit * p.splits;
-    piece.b = p.by_row_tiles.divide(unit);
-    piece.row_tile = unit - piece.b * p.row_tiles;
-    piece.entry = unit * p.heads_kv + piece.kv_head;
+    int rest = blockIdx.x / p.heads_kv;
+    piece.kv_head = blockIdx.x % p.heads_kv;
+    piece.index = rest % p.splits;
+    rest /= p.splits;
+    piece.row_tile = rest % p.row_tiles;
+    piece.b = rest / p.row_tiles;
+    piece.entry = rest * p.heads_kv + piece.kv_head;
     piece.count = 0;
     sequence = Sequence(p, piece.b);
     if (piece.row_tile >= sequence.row_tiles()) return false;
     const auto keys = sequence.keys_of_tile(p, piece.row_tile);
     const int tiles = Sequence::tiles_of(keys);
-    piece.count = min(p.splits, p.min_tiles > 1 ? max(1, p.by_min_tiles.divide(tiles)) : p.splits);
+    piece.count = min(p.splits, p.min_tiles > 1 ? max(1, tiles / p.min_tiles) : p.splits);
     if (piece.index >= piece.count) return false;
     // Pieces differ by at most one tile; the longer ones come first.
     const int least = tiles / piece.count;
@@ -187,8 +184,8 @@ class DecodeWork {
     const int last = (unit_begin + tiles_ - 1) / part_;
     const int take = min(left_, tiles_ - tile_);
     piece.b = b_;
-    piece.row_tile = p.by_heads.divide(unit_);
-    piece.kv_head = unit_ - piece.row_tile * p.heads_kv;
+    piece.kv_head = unit_ % p.heads_kv;
+    piece.row_tile = unit_ / p.heads_kv;
     set_keys(sequence.keys_of_tile(p, piece.row_tile), tile_, tile_ + take);
     piece.index = static_cast<int>(blockIdx.x) - first;
     piece.count = last - first + 1;
@@ -269,7 +266,7 @@ class DecodeWork {
       longest = max(longest, more.longest);
       shortest = min(shortest, more.shortest);
     }
-    int part = p.by_grid.divide(sum + static_cast<int>(gridDim.x) - 1);
+    int part = (sum + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
     part = max(part, p.min_tiles);
     part = max(part, longest / (decode_max_pieces - 2) + 1);
     if (shortest == longest) part = whole_pieces(part, longest);

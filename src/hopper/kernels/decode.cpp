@@ -230,14 +230,6 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.min_tiles = p.num_splits > 0     ? 1
                      : launch.splits == 0 ? decode_min_tiles
                                           : decode_min_tiles_alone;
-  const auto divisor = [](int d) {
-    return FastDivisor(static_cast<std::uint32_t>(std::max(1, d)));
-  };
-  params.by_heads = divisor(params.heads_kv);
-  params.by_row_tiles = divisor(params.row_tiles);
-  params.by_splits = divisor(params.splits);
-  params.by_min_tiles = divisor(params.min_tiles);
-  params.by_grid = divisor(launch.grid);
   params.partial_out = reinterpret_cast<float*>(memory);
   params.partial_lse = reinterpret_cast<float*>(memory + launch.lse_offset);
   params.cuts =

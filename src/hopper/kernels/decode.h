@@ -72,7 +72,6 @@ struct DecodeParams {
   float softcap;     ///< 0: off
   float softcap_in;  ///< 2 log2 e * softmax_scale / softcap: argument of the tanh
   FastDivisor page_size, by_group;
-  FastDivisor by_heads, by_row_tiles, by_splits, by_min_tiles, by_grid;  ///< of the numbers below
   int row_tiles;       ///< of the longest sequence
   int splits;          ///< n: every row tile in n pieces; 0: work shared out evenly over the grid
   int min_tiles;       ///< key tiles of a piece, at least; fewer pieces if there are too few
