@@ -77,12 +77,17 @@ def ready(x: torch.Tensor) -> torch.Tensor:
     if x.stride(-1) == 1 or x.shape[-1] <= 1:
         if x.is_cpu:
             return x
-        # While tracing there is no address; what the compiler hands over later is aligned.
-        if is_compiling() or x.data_ptr() % 16 == 0:
+        if is_compiling() or _aligned(x):
             step = 16 // x.element_size()
             if x.is_contiguous() or all(s > 0 and s % step == 0 for s in x.stride()[:-1]):
                 return x
     return x.contiguous() if not x.is_contiguous() else x.clone()
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether the tensor begins at a multiple of 16 bytes. What a compiler traces (a subclass of
+    Tensor) has no address; the operator checks what is handed over later."""
+    return type(x) not in (torch.Tensor, torch.nn.Parameter) or x.data_ptr() % 16 == 0
 
 
 def distinct(options: Options) -> Options:

@@ -7,6 +7,7 @@ import pytest
 import sinkattn
 import torch
 from sinkattn import _execute, autograd, interface
+from torch._subclasses import FakeTensorMode
 
 
 def plain_inputs(gradient=False, dtype=torch.float32):
@@ -137,6 +138,13 @@ def test_layouts_that_need_a_copy_get_one():
     expected = sinkattn.flash_attn_func(q, k, v, learnable_sink=sink)
     turned = q.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(sinkattn.flash_attn_func(turned, k, v, learnable_sink=sink), expected)
+
+
+def test_traced_tensors_are_not_asked_for_an_address():
+    """The backward of compiled code is traced outside of Dynamo, with tensors that have none."""
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 64, dtype=torch.bfloat16, device="cuda")
+        assert autograd.ready(x) is x
 
 
 def test_transforms_of_torch_func_see_no_short_way():
