@@ -8,7 +8,7 @@
 namespace sinkattn::hopper {
 
 /// Keys up to which a sequence is short: few key blocks per tile of query rows. Measured at 2048
-/// (short tile 536 against 512 TFLOPS) and 8192 (626 against 632, 698 against 723); the border lies
+/// (short tile 566 against 551 TFLOPS) and 8192 (663 against 686, 681 against 726); the border lies
 /// between, where exactly is not measured.
 inline constexpr int short_keys = 4096;
 
