@@ -121,7 +121,8 @@ TileOrder make_order(const ForwardProblem& p, const ForwardInstance& instance, i
   const std::int64_t unit_bytes = 2 * p.rows_k * (p.head_dim + p.head_dim_v);
   const auto room = static_cast<std::int64_t>(section_of_l2 * static_cast<double>(l2_bytes));
   const std::int64_t fitting = unit_bytes > 0 ? room / unit_bytes : order.units;
-  order.section = static_cast<std::int32_t>(std::clamp<std::int64_t>(fitting, 1, order.units));
+  const std::int64_t most = std::clamp<std::int64_t>(fitting, 1, order.units);
+  order.sections = static_cast<std::int32_t>(ceil_div(order.units, most));
   return order;
 }
 
