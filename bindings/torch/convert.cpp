@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "convert.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+
+#include "common/prepared.h"
 
 // Declared by torch only where CUDA is in use, and defined in libtorch_cuda.so. Weak: null under a
 // CPU build of torch, so that one library loads on both.
@@ -97,6 +97,20 @@ void* current_stream(int device_index) {
   return stream;
 }
 
+TensorView contiguous_view(Device device, const std::int64_t* shape, int rank, DType dtype) {
+  TensorView view;
+  view.device = device;
+  view.dtype = dtype;
+  view.rank = rank;
+  std::int64_t stride = 1;
+  for (int i = rank; i-- > 0;) {
+    view.shape[i] = shape[i];
+    view.stride[i] = stride;
+    stride *= std::max<std::int64_t>(shape[i], 1);
+  }
+  return view;
+}
+
 /// torch's thread pool as the core's ParallelFor.
 void torch_parallel(void*, std::int64_t n, void (*body)(void*, std::int64_t, std::int64_t),
                     void* body_context) {
@@ -150,18 +164,18 @@ TensorView view(const OptionalTensor& tensor, const char* name) {
 // Through the C function and not the stable wrapper of aten::new_empty, which looks the operator up
 // by name and boxes its arguments: that took as long as everything else a call does here.
 Tensor new_empty(const TensorView& like, const std::int64_t* shape, int rank, DType dtype) {
-  std::int64_t strides[TensorView::max_rank];
-  std::int64_t stride = 1;
-  for (int i = rank; i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<std::int64_t>(shape[i], 1);
-  }
+  TensorView view = contiguous_view(like.device, shape, rank, dtype);
+  return Tensor(new_empty_handle(view));
+}
+
+AtenTensorHandle new_empty_handle(TensorView& like) {
+  like = contiguous_view(like.device, like.shape, like.rank, like.dtype);
   const bool cuda = like.device.type == DeviceType::cuda;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, shape, strides, torch_dtype(dtype),
-                                                  cuda ? codes().cuda : codes().cpu,
-                                                  like.device.index, &handle));
-  return Tensor(handle);
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(like.rank, like.shape, like.stride, torch_dtype(like.dtype),
+                               cuda ? codes().cuda : codes().cpu, like.device.index, &handle));
+  return handle;
 }
 
 Tensor new_empty(const TensorView& like, std::initializer_list<std::int64_t> shape, DType dtype) {
@@ -179,10 +193,65 @@ Tensor new_empty_like(const Tensor& like) {
   return new_empty(view_of, view_of.shape, view_of.rank, view_of.dtype);
 }
 
-Call::Call(const Tensor& tensor) {
-  const Device device = core_device(tensor, "q");
+TensorView out_view(const ForwardParams& params) {
+  const TensorView& query = params.query;
+  if (params.value.rank < 1) {
+    raise_if_error(Status::error(StatusCode::value_error, "v: expected 3 or 4 dimensions, got %d",
+                                 params.value.rank));
+  }
+  TensorView out;
+  out.device = query.device;
+  out.dtype = query.dtype == DType::float8_e4m3 ? DType::bfloat16 : query.dtype;
+  out.rank = query.rank;
+  std::copy(query.shape, query.shape + query.rank - 1, out.shape);
+  out.shape[query.rank - 1] = params.value.size_back(0);
+  return out;
+}
+
+TensorView statistics_view(const TensorView& query, bool packed) {
+  TensorView lse;
+  lse.device = query.device;
+  lse.dtype = query.dtype == DType::float64 ? DType::float64 : DType::float32;
+  lse.rank = query.rank - 1;
+  if (!packed) lse.shape[0] = query.shape[0];
+  lse.shape[lse.rank - 2] = query.size_back(1);
+  lse.shape[lse.rank - 1] = query.size_back(2);
+  return lse;
+}
+
+void check_query_rank(const TensorView& query, bool packed) {
+  const int expected = packed ? 3 : 4;
+  if (query.rank == expected) return;
+  raise_if_error(Status::error(StatusCode::value_error, "q: expected %d dimensions, got %d",
+                               expected, query.rank));
+}
+
+void check_ready(const TensorView& tensor, const char* name) {
+  if (tensor.device.type != DeviceType::cuda) return;
+  for (int i = 0; i + 1 < tensor.rank; ++i) {
+    if (tensor.stride[i] > 0 || tensor.shape[i] <= 1) continue;
+    raise_if_error(Status::error(StatusCode::value_error,
+                                 "%s: expected positive strides, got %lld in dimension %d", name,
+                                 static_cast<long long>(tensor.stride[i]), i));
+  }
+}
+
+void check_dense(const ForwardParams& params) {
+  check_query_rank(params.query, false);
+  check_ready(params.query, "q");
+  check_ready(params.key, "k");
+  check_ready(params.value, "v");
+}
+
+Call::Call(const Tensor& tensor) : Call(core_device(tensor, "q")) {}
+
+Call::Call(Device device) {
   like_.device = device;
-  if (device.type == DeviceType::cuda) guard_.emplace(device.index);
+  // A guard costs several calls into the CUDA runtime; asking whether it is needed costs one.
+  if (device.type == DeviceType::cuda &&
+      torch::stable::accelerator::getCurrentDeviceIndex() != device.index) {
+    guard_.emplace(device.index);
+  }
   raise_if_error(query_device(device, &properties_));
 }
 
@@ -203,6 +272,21 @@ ExecutionContext Call::context(const Plan& plan) {
     context.workspace_bytes = plan.workspace_bytes;
   }
   return context;
+}
+
+void Call::run(const ForwardParams& params) {
+  Prepared<ForwardProblem> prepared;
+  raise_if_error(prepare_forward(params, properties_, &prepared));
+  raise_if_error(run_prepared(prepared, context(prepared.plan)));
+}
+
+void Call::run(const BackwardParams& params) {
+  const bool nothing = !params.dq.defined() && !params.dk.defined() && !params.dsink.defined() &&
+                       !params.softmax_d.defined();
+  if (nothing) return;
+  Prepared<BackwardProblem> prepared;
+  raise_if_error(prepare_backward(params, properties_, &prepared));
+  raise_if_error(run_prepared(prepared, context(prepared.plan)));
 }
 
 }  // namespace sinkattn::torch_binding

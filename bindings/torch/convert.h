@@ -3,6 +3,7 @@
 // goes through PyTorch's stable ABI; no mathematics lives here.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -33,16 +34,34 @@ Tensor new_empty(const TensorView& like, const std::int64_t* shape, int rank, DT
 Tensor new_empty(const TensorView& like, std::initializer_list<std::int64_t> shape, DType dtype);
 Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> shape, DType dtype);
 Tensor new_empty_like(const Tensor& like);
+/// The same as a bare handle, whose owner is the caller; fills `data` of `like`.
+AtenTensorHandle new_empty_handle(TensorView& like);
+
+/// Shape, dtype and device, without data, of the output for `params` (dtype of q, bf16 for e4m3)
+/// and of the LSE of a query: (b, h, sq) or (h, total_q).
+TensorView out_view(const ForwardParams& params);
+TensorView statistics_view(const TensorView& query, bool packed);
+
+void check_query_rank(const TensorView& query, bool packed);
+/// Throws for layouts that Python's ready() would copy. On CUDA that is stricter than what the core
+/// accepts: no repeated rows.
+void check_ready(const TensorView& tensor, const char* name);
+/// The two above for the tensors of a plain dense call.
+void check_dense(const ForwardParams& params);
 
 /// The device of a tensor, its facts, and while it lives, the current device of the thread.
 class Call {
  public:
   explicit Call(const Tensor& tensor);
+  explicit Call(Device device);
 
   const DeviceProperties& device() const { return properties_; }
 
   /// Stream, threads and a fresh workspace for `plan`.
   ExecutionContext context(const Plan& plan);
+
+  void run(const ForwardParams& params);
+  void run(const BackwardParams& params);  ///< nothing, if no gradient is wanted
 
  private:
   TensorView like_;  ///< its device alone
