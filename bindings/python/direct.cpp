@@ -8,6 +8,9 @@
 #include <ATen/dlpack.h>
 #include <Python.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "../torch/direct.h"
 
 namespace {
@@ -21,6 +24,17 @@ using sinkattn::torch_binding::DirectForward;
 using sinkattn::torch_binding::DirectOptions;
 using sinkattn::torch_binding::DirectTable;
 
+/// A Python function without arguments, and where it is a plain C function, that.
+struct Question {
+  PyObject* callable;
+  PyCFunction function;
+  PyObject* self;
+
+  PyObject* ask() const {
+    return function != nullptr ? function(self, nullptr) : PyObject_CallNoArgs(callable);
+  }
+};
+
 constexpr int max_questions = 8;
 
 /// What setup() and connect() were given; the references are never dropped.
@@ -29,10 +43,11 @@ struct {
   const DLPackExchangeAPI* dlpack = nullptr;
   PyObject* tensor = nullptr;     ///< torch.Tensor
   PyObject* parameter = nullptr;  ///< torch.nn.Parameter
-  PyObject* adopt = nullptr;      ///< makes a Python tensor of a handle
-  bool adopt_copies = true;       ///< and leaves the handle as it was
-  PyObject* profiler = nullptr;   ///< namespace of torch.autograd.profiler
-  PyObject* questions[max_questions] = {};
+  /// (size, stride, dtype) -> tensor on the CPU and on the current CUDA device.
+  PyObject *empty_cpu = nullptr, *empty_cuda = nullptr;
+  PyObject* dtypes = nullptr;    ///< torch's dtypes, by the core's numbers
+  PyObject* profiler = nullptr;  ///< namespace of torch.autograd.profiler
+  Question questions[max_questions] = {};
   int question_count = 0;
   PyObject* apply = nullptr;  ///< of the autograd functions without and with an LSE
   PyObject* apply_lse = nullptr;
@@ -44,6 +59,23 @@ struct {
   PyObject *profiling = nullptr, *to_save = nullptr, *options = nullptr,
            *materialize_grads = nullptr;
 } state;
+
+/// A reference that is dropped unless somebody takes it.
+class Owned {
+ public:
+  explicit Owned(PyObject* object = nullptr) : object_(object) {}
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  ~Owned() { Py_XDECREF(object_); }
+
+  explicit operator bool() const { return object_ != nullptr; }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  void reset(PyObject* object) { Py_XDECREF(std::exchange(object_, object)); }
+
+ private:
+  PyObject* object_;
+};
 
 PyObject* none() { return Py_NewRef(Py_None); }
 
@@ -70,7 +102,7 @@ bool is_bool(PyObject* object) { return object == Py_True || object == Py_False;
 bool unobserved() {
   if (PyDict_GetItemWithError(state.profiler, state.profiling) != Py_False) return false;
   for (int i = 0; i < state.question_count; ++i) {
-    PyObject* answer = PyObject_CallNoArgs(state.questions[i]);
+    PyObject* answer = state.questions[i].ask();
     if (answer == nullptr) return false;
     const bool no = answer == Py_False || answer == state.zero;
     Py_DECREF(answer);
@@ -144,30 +176,64 @@ bool read_options(PyObject* tuple, DirectOptions* options) {
                       PyTuple_GetItem(tuple, 4), options);
 }
 
-/// A Python tensor that owns what the handle owned.
-PyObject* adopt(void* handle) {
-  PyObject* capsule = PyCapsule_New(handle, nullptr, nullptr);
-  PyObject* tensor = nullptr;
-  if (capsule != nullptr) {
-    tensor = PyObject_CallFunctionObjArgs(state.adopt, capsule, nullptr);
-    Py_DECREF(capsule);
+/// Arguments (size, stride, dtype) of an allocation.
+PyObject* allocation_of(const TensorView& view) {
+  Owned size(PyTuple_New(view.rank));
+  Owned stride(PyTuple_New(view.rank));
+  if (!size || !stride) return nullptr;
+  std::int64_t step = 1;
+  for (int i = view.rank; i-- > 0;) {
+    PyObject* n = PyLong_FromLongLong(view.shape[i]);
+    PyObject* s = PyLong_FromLongLong(step);
+    if (n == nullptr || s == nullptr) return nullptr;
+    PyTuple_SetItem(size.get(), i, n);
+    PyTuple_SetItem(stride.get(), i, s);
+    step *= std::max<std::int64_t>(view.shape[i], 1);
   }
-  if (capsule == nullptr || state.adopt_copies) state.native->release(handle);
-  return tensor;
+  PyObject* dtype = PyTuple_GetItem(state.dtypes, static_cast<int>(view.dtype));
+  return PyTuple_Pack(3, size.get(), stride.get(), dtype);
 }
 
-/// (out, lse), or without an LSE out alone; null with an error set.
-bool adopt_results(const DirectForward& call, PyObject** out, PyObject** lse) {
-  *out = adopt(call.out);
-  *lse = call.softmax_lse == nullptr ? nullptr : adopt(call.softmax_lse);
-  if (*out != nullptr && (*lse != nullptr || call.softmax_lse == nullptr)) return true;
-  Py_XDECREF(*out);
-  Py_XDECREF(*lse);
-  return false;
+/// allocation_of(view), remembered: a model allocates the same few shapes over and over, and Python
+/// numbers cost more than finding them again. The caller does not own the result.
+PyObject* known_allocation_of(const TensorView& view) {
+  struct Known {
+    TensorView view;
+    PyObject* arguments = nullptr;
+  };
+  constexpr int slots = 16;
+  static Known known[slots];
+  std::uint64_t hash = static_cast<std::uint64_t>(view.dtype) + view.rank;
+  for (int i = 0; i < view.rank; ++i) {
+    hash = (hash ^ static_cast<std::uint64_t>(view.shape[i])) * 0x9E3779B97F4A7C15;
+  }
+  Known& entry = known[hash >> 60];
+  if (entry.arguments == nullptr || entry.view.dtype != view.dtype ||
+      entry.view.rank != view.rank ||
+      !std::equal(view.shape, view.shape + view.rank, entry.view.shape)) {
+    PyObject* arguments = allocation_of(view);
+    if (arguments == nullptr) return nullptr;
+    entry.view = view;
+    Py_XDECREF(std::exchange(entry.arguments, arguments));
+  }
+  return entry.arguments;
+}
+
+/// A new contiguous tensor of the shape, dtype and device of `view`, which learns its address.
+/// torch.empty goes through the dispatcher and takes two to three times as long.
+PyObject* allocate(TensorView* view) {
+  const bool cuda = view->device.type == DeviceType::cuda;
+  PyObject* arguments = known_allocation_of(*view);
+  if (arguments == nullptr) return nullptr;
+  Py_INCREF(arguments);  // another thread may take its slot meanwhile
+  Owned tensor(PyObject_Call(cuda ? state.empty_cuda : state.empty_cpu, arguments, nullptr));
+  Py_DECREF(arguments);
+  if (!tensor || !read(tensor.get(), view)) return nullptr;
+  return tensor.release();
 }
 
 template <class Call>
-bool run(bool (*function)(Call&) noexcept, Call& call) {
+bool run(bool (*function)(const Call&) noexcept, const Call& call) {
   bool done = false;
   Py_BEGIN_ALLOW_THREADS;
   done = function(call);
@@ -175,9 +241,24 @@ bool run(bool (*function)(Call&) noexcept, Call& call) {
   return done;
 }
 
-bool read_inputs(PyObject* q, PyObject* k, PyObject* v, PyObject* sink, DirectForward* call) {
-  return read(q, &call->query) && read(k, &call->key) && read(v, &call->value) &&
-         read_sink(sink, &call->learnable_sink);
+/// q, k, v and the sink. Where this and the next return false, an error may be set.
+bool read_inputs(PyObject* const* inputs, DirectForward* call) {
+  return read(inputs[0], &call->query) && read(inputs[1], &call->key) &&
+         read(inputs[2], &call->value) && read_sink(inputs[3], &call->learnable_sink);
+}
+
+/// Allocates the outputs and runs.
+bool attend(DirectForward* call, Owned* out, Owned* lse) {
+  if (!state.native->is_current(call->query.device) || !state.native->forward_outputs(*call)) {
+    return false;
+  }
+  out->reset(allocate(&call->out));
+  if (!*out) return false;
+  if (call->want_lse) {
+    lse->reset(allocate(&call->softmax_lse));
+    if (!*lse) return false;
+  }
+  return run(state.native->forward, *call);
 }
 
 /// 1 or 0: whether a gradient is wanted; -1 with an error set.
@@ -265,16 +346,10 @@ PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t count) {
   const int gradient = wants_gradient(tensors, 4);
   if (gradient < 0) return not_taken();
   if (gradient > 0) return call_with_gradient(a, left, right);
-  if (!read_inputs(tensors[0], tensors[1], tensors[2], tensors[3], &c)) return not_taken();
   c.want_lse = a[arg_return_attn_probs] == Py_True;
-  if (!run(state.native->forward, c)) return none();
-  PyObject *out = nullptr, *lse = nullptr;
-  if (!adopt_results(c, &out, &lse)) return nullptr;
-  if (lse == nullptr) return out;
-  PyObject* both = PyTuple_Pack(2, out, lse);
-  Py_DECREF(out);
-  Py_DECREF(lse);
-  return both;
+  Owned out, lse;
+  if (!read_inputs(tensors, &c) || !attend(&c, &out, &lse)) return not_taken();
+  return c.want_lse ? PyTuple_Pack(2, out.get(), lse.get()) : out.release();
 }
 
 /// Leaves in an autograd context what FunctionCtx.save_for_backward() and set_materialize_grads()
@@ -294,22 +369,14 @@ bool fill_context(PyObject* context, PyObject* const* inputs, PyObject* out, PyO
 PyObject* autograd_forward(PyObject* const* a, Py_ssize_t count, bool return_lse) {
   DirectForward c;
   c.want_lse = true;  // the backward reads it
-  const bool done = count == 6 && read_options(a[5], &c.options) &&
-                    read_inputs(a[1], a[2], a[3], a[4], &c) &&
-                    c.query.dtype != DType::float8_e4m3 && run(state.native->forward, c);
-  if (!done) {
+  Owned out, lse;
+  if (count != 6 || !read_options(a[5], &c.options) || !read_inputs(a + 1, &c) ||
+      c.query.dtype == DType::float8_e4m3 || !attend(&c, &out, &lse)) {
     PyErr_SetString(PyExc_RuntimeError, "sinkattn: the operators run this call");
     return nullptr;
   }
-  PyObject *out = nullptr, *lse = nullptr;
-  if (!adopt_results(c, &out, &lse)) return nullptr;
-  PyObject* result = nullptr;
-  if (fill_context(a[0], a + 1, out, lse, a[5])) {
-    result = return_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
-  }
-  Py_DECREF(out);
-  Py_DECREF(lse);
-  return result;
+  if (!fill_context(a[0], a + 1, out.get(), lse.get(), a[5])) return nullptr;
+  return return_lse ? PyTuple_Pack(2, out.get(), lse.get()) : out.release();
 }
 
 PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
@@ -339,44 +406,48 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
   }
   bool need[4];
   for (int i = 0; i < 4; ++i) need[i] = PyTuple_GetItem(a[4], i) == Py_True;
-  c.need_dq = need[0];
-  c.need_dkv = need[1] || need[2];
-  c.need_dsink = need[3];
   if (!read_options(a[3], &c.options) || !unobserved() || !read_optional(a[0], &c.dout) ||
       !read_optional(a[1], &c.dlse) || !read(saved[0], &c.query) || !read(saved[1], &c.key) ||
       !read(saved[2], &c.value) || !read_sink(saved[3], &c.learnable_sink) ||
       !read(saved[4], &c.out) || !read(saved[5], &c.softmax_lse) ||
-      !run(state.native->backward, c)) {
+      !state.native->is_current(c.query.device)) {
     return not_taken();
   }
-  PyObject* results[5] = {};
-  bool complete = true;
-  for (int i = 0; i < 5; ++i) {
-    void* handle = i < 4 ? c.gradients[i] : nullptr;
-    PyObject* gradient = handle == nullptr ? none() : adopt(handle);
-    if (i < 4 && !need[i] && gradient != nullptr) {  // dk and dv come together
-      Py_DECREF(gradient);
-      gradient = none();
-    }
-    results[i] = gradient;
-    complete = complete && gradient != nullptr;
+  // dk and dv come together.
+  const bool compute[4] = {need[0], need[1] || need[2], need[1] || need[2], need[3]};
+  const TensorView* const shapes[4] = {&c.query, &c.key, &c.value, &c.learnable_sink};
+  TensorView* const views[4] = {&c.dq, &c.dk, &c.dv, &c.dsink};
+  Owned gradients[4];
+  for (int i = 0; i < 4; ++i) {
+    if (!compute[i]) continue;
+    *views[i] = *shapes[i];
+    gradients[i].reset(allocate(views[i]));
+    if (!gradients[i]) return not_taken();
   }
-  PyObject* tuple =
-      !complete ? nullptr
-                : PyTuple_Pack(5, results[0], results[1], results[2], results[3], results[4]);
-  for (PyObject* result : results) Py_XDECREF(result);
-  return tuple;
+  if (!run(state.native->backward, c)) return not_taken();
+  PyObject* results[4];
+  for (int i = 0; i < 4; ++i) results[i] = need[i] ? gradients[i].get() : Py_None;
+  return PyTuple_Pack(5, results[0], results[1], results[2], results[3], Py_None);
+}
+Question question_of(PyObject* callable) {
+  Question question{Py_NewRef(callable), nullptr, nullptr};
+  if (is_exactly(callable, reinterpret_cast<PyObject*>(&PyCFunction_Type)) &&
+      (PyCFunction_GetFlags(callable) & ~METH_STATIC) == METH_NOARGS) {
+    question.function = PyCFunction_GetFunction(callable);
+    question.self = PyCFunction_GetSelf(callable);
+  }
+  return question;
 }
 
 /// setup(address of sinkattn_direct, exchange capsule, Tensor, Parameter, Tensor.requires_grad,
-/// adopt, whether adopt copies, namespace of torch.autograd.profiler, questions)
+/// allocators for CPU and CUDA, dtypes, namespace of torch.autograd.profiler, questions)
 PyObject* setup(PyObject*, PyObject* arguments) {
   unsigned long long address = 0;
-  int copies = 0;
-  PyObject *capsule, *tensor, *parameter, *requires_grad, *adopt, *profiler, *questions;
-  if (!PyArg_ParseTuple(arguments, "KOOOOOpO!O!", &address, &capsule, &tensor, &parameter,
-                        &requires_grad, &adopt, &copies, &PyDict_Type, &profiler, &PyTuple_Type,
-                        &questions)) {
+  PyObject *capsule, *tensor, *parameter, *requires_grad, *cpu, *cuda, *dtypes, *profiler,
+      *questions;
+  if (!PyArg_ParseTuple(arguments, "KOOOOOOO!O!O!", &address, &capsule, &tensor, &parameter,
+                        &requires_grad, &cpu, &cuda, &PyTuple_Type, &dtypes, &PyDict_Type,
+                        &profiler, &PyTuple_Type, &questions)) {
     return nullptr;
   }
   const auto* dlpack =
@@ -389,7 +460,8 @@ PyObject* setup(PyObject*, PyObject* arguments) {
   if (native->layout != DirectTable{}.layout ||
       dlpack->header.version.major != DLPACK_MAJOR_VERSION ||
       dlpack->dltensor_from_py_object_no_sync == nullptr || count > max_questions ||
-      getter == nullptr || PyDict_GetItemWithError(profiler, state.profiling) == nullptr) {
+      getter == nullptr || PyTuple_Size(dtypes) <= static_cast<int>(DType::float16) ||
+      PyDict_GetItemWithError(profiler, state.profiling) == nullptr) {
     PyErr_SetString(PyExc_ImportError,
                     "expected the operator library of this build, DLPack 1, a profiler");
     return nullptr;
@@ -401,10 +473,11 @@ PyObject* setup(PyObject*, PyObject* arguments) {
   state.requires_grad = Py_NewRef(requires_grad);
   state.get_requires_grad = getter;
   state.profiler = Py_NewRef(profiler);
-  state.adopt = Py_NewRef(adopt);
-  state.adopt_copies = copies != 0;
+  state.empty_cpu = Py_NewRef(cpu);
+  state.empty_cuda = Py_NewRef(cuda);
+  state.dtypes = Py_NewRef(dtypes);
   for (Py_ssize_t i = 0; i < count; ++i) {
-    state.questions[i] = Py_NewRef(PyTuple_GetItem(questions, i));
+    state.questions[i] = question_of(PyTuple_GetItem(questions, i));
   }
   state.question_count = static_cast<int>(count);
   return none();

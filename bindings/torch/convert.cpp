@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "convert.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -97,20 +99,6 @@ void* current_stream(int device_index) {
   return stream;
 }
 
-TensorView contiguous_view(Device device, const std::int64_t* shape, int rank, DType dtype) {
-  TensorView view;
-  view.device = device;
-  view.dtype = dtype;
-  view.rank = rank;
-  std::int64_t stride = 1;
-  for (int i = rank; i-- > 0;) {
-    view.shape[i] = shape[i];
-    view.stride[i] = stride;
-    stride *= std::max<std::int64_t>(shape[i], 1);
-  }
-  return view;
-}
-
 /// torch's thread pool as the core's ParallelFor.
 void torch_parallel(void*, std::int64_t n, void (*body)(void*, std::int64_t, std::int64_t),
                     void* body_context) {
@@ -164,18 +152,18 @@ TensorView view(const OptionalTensor& tensor, const char* name) {
 // Through the C function and not the stable wrapper of aten::new_empty, which looks the operator up
 // by name and boxes its arguments: that took as long as everything else a call does here.
 Tensor new_empty(const TensorView& like, const std::int64_t* shape, int rank, DType dtype) {
-  TensorView view = contiguous_view(like.device, shape, rank, dtype);
-  return Tensor(new_empty_handle(view));
-}
-
-AtenTensorHandle new_empty_handle(TensorView& like) {
-  like = contiguous_view(like.device, like.shape, like.rank, like.dtype);
+  std::int64_t strides[TensorView::max_rank];
+  std::int64_t stride = 1;
+  for (int i = rank; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<std::int64_t>(shape[i], 1);
+  }
   const bool cuda = like.device.type == DeviceType::cuda;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(like.rank, like.shape, like.stride, torch_dtype(like.dtype),
-                               cuda ? codes().cuda : codes().cpu, like.device.index, &handle));
-  return handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, shape, strides, torch_dtype(dtype),
+                                                  cuda ? codes().cuda : codes().cpu,
+                                                  like.device.index, &handle));
+  return Tensor(handle);
 }
 
 Tensor new_empty(const TensorView& like, std::initializer_list<std::int64_t> shape, DType dtype) {
@@ -243,15 +231,19 @@ void check_dense(const ForwardParams& params) {
   check_ready(params.value, "v");
 }
 
-Call::Call(const Tensor& tensor) : Call(core_device(tensor, "q")) {}
-
-Call::Call(Device device) {
+Call::Call(const Tensor& tensor) {
+  const Device device = core_device(tensor, "q");
   like_.device = device;
   // A guard costs several calls into the CUDA runtime; asking whether it is needed costs one.
   if (device.type == DeviceType::cuda &&
       torch::stable::accelerator::getCurrentDeviceIndex() != device.index) {
     guard_.emplace(device.index);
   }
+  raise_if_error(query_device(device, &properties_));
+}
+
+Call::Call(Device device, IsCurrent) {
+  like_.device = device;
   raise_if_error(query_device(device, &properties_));
 }
 

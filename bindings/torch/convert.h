@@ -3,7 +3,6 @@
 // goes through PyTorch's stable ABI; no mathematics lives here.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,8 +33,6 @@ Tensor new_empty(const TensorView& like, const std::int64_t* shape, int rank, DT
 Tensor new_empty(const TensorView& like, std::initializer_list<std::int64_t> shape, DType dtype);
 Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> shape, DType dtype);
 Tensor new_empty_like(const Tensor& like);
-/// The same as a bare handle, whose owner is the caller; fills `data` of `like`.
-AtenTensorHandle new_empty_handle(TensorView& like);
 
 /// Shape, dtype and device, without data, of the output for `params` (dtype of q, bf16 for e4m3)
 /// and of the LSE of a query: (b, h, sq) or (h, total_q).
@@ -53,7 +50,8 @@ void check_dense(const ForwardParams& params);
 class Call {
  public:
   explicit Call(const Tensor& tensor);
-  explicit Call(Device device);
+  enum IsCurrent { is_current };
+  Call(Device device, IsCurrent);  ///< for a device that is known to be current
 
   const DeviceProperties& device() const { return properties_; }
 

@@ -21,28 +21,31 @@ struct DirectOptions {
   bool deterministic = false;
 };
 
+/// `out` and `softmax_lse` are allocated by the caller, as forward_outputs() says.
 struct DirectForward {
-  TensorView query, key, value, learnable_sink;
+  TensorView query, key, value, learnable_sink, out, softmax_lse;
   DirectOptions options;
   bool want_lse = false;
-  void* out = nullptr;  ///< result: a tensor handle that the caller owns
-  void* softmax_lse = nullptr;
 };
 
+/// The gradients that are wanted are allocated by the caller, shaped as their inputs; dk and dv
+/// come together.
 struct DirectBackward {
   TensorView dout, dlse, query, key, value, learnable_sink, out, softmax_lse;
+  TensorView dq, dk, dv, dsink;
   DirectOptions options;
-  bool need_dq = false, need_dkv = false, need_dsink = false;
-  void* gradients[4] = {};  ///< of query, key, value and sink; null where not needed
 };
 
-/// The functions need no GIL. Where one returns false, nothing is owned, and the operator says why.
+/// The functions need no GIL. Where one returns false, the operator says why.
 struct DirectTable {
   std::size_t layout = sizeof(DirectForward) * 1000 + sizeof(DirectBackward);
   bool (*grad_enabled)();
-  bool (*forward)(DirectForward&) noexcept;
-  bool (*backward)(DirectBackward&) noexcept;
-  void (*release)(void* handle) noexcept;
+  /// Whether torch allocates on this device and the core launches on it as things are.
+  bool (*is_current)(Device) noexcept;
+  /// Fills shape, dtype and device of the outputs.
+  bool (*forward_outputs)(DirectForward&) noexcept;
+  bool (*forward)(const DirectForward&) noexcept;
+  bool (*backward)(const DirectBackward&) noexcept;
 };
 
 }  // namespace sinkattn::torch_binding

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The direct entry: plain dense calls past torch's dispatcher, where this interpreter and this torch
-offer what it needs. The operators serve every call without it."""
+"""The direct entry: plain dense calls past torch's dispatcher, where this interpreter and torch offer
+what it needs. The operators serve every call without it."""
 
 from __future__ import annotations
 
 import ctypes
-import weakref
 
 import torch
 
@@ -24,20 +23,6 @@ def _questions() -> tuple:
     )
 
 
-def _adopt_copies(aoti) -> bool:
-    """Whether torch's function that makes a tensor of a handle leaves the handle alive. It does, in
-    spite of its name; whoever believes the name leaks every tensor."""
-    tensor = torch.empty(0)
-    alive = weakref.ref(tensor)
-    handle = aoti.unsafe_alloc_void_ptr_from_tensor(tensor)
-    same = aoti.alloc_tensor_by_stealing_from_void_ptr(handle)
-    del tensor, same
-    if alive() is None:
-        return False
-    aoti.alloc_tensors_by_stealing_from_void_ptrs([handle])
-    return True
-
-
 def _load() -> tuple:
     """(module, None), or (None, the reason why there is none)."""
     try:
@@ -45,15 +30,16 @@ def _load() -> tuple:
     except ImportError as error:
         return None, f"the module is missing or not for this Python ({error})"
     try:
-        aoti = torch._C._aoti
+        guards = torch._C._dynamo.guards  # what Inductor's code allocates with
         _direct.setup(
             ctypes.cast(native_library.sinkattn_direct, ctypes.c_void_p).value,
             torch.Tensor.__dlpack_c_exchange_api__,
             torch.Tensor,
             torch.nn.Parameter,
             torch._C.TensorBase.requires_grad,
-            aoti.alloc_tensor_by_stealing_from_void_ptr,
-            _adopt_copies(aoti),
+            guards._empty_strided_cpu,
+            guards._empty_strided_cuda,
+            (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
             vars(torch.autograd.profiler),
             _questions(),
         )

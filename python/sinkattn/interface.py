@@ -17,7 +17,7 @@ the text is always ``<argument>: expected <what>, got <what>``.
 
 from __future__ import annotations
 
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import _direct
 from ._arguments import integer, one_sink, tensor
@@ -116,7 +116,7 @@ def flash_attn_func(
 
     The signature is FlashAttention-3's with the sink added.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():  # other tracers are modes, which the direct entry asks for
         result = _direct.call(
             q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size,
             attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
