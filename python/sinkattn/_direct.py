@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The direct entry: plain dense calls past torch's dispatcher, where interpreter and torch offer what
-it needs. The operators serve every call without it."""
+"""The direct entry: plain dense calls past torch's dispatcher, where Python and torch offer what it
+needs. The operators serve every call without it."""
 
 from __future__ import annotations
 
