@@ -232,12 +232,35 @@ PyObject* allocate(TensorView* view) {
   return tensor.release();
 }
 
+/// A call without the GIL, which comes back for it where a workspace is needed. The workspace lives
+/// until the launch; torch's allocator keeps it for what runs on the same stream.
+struct Unlocked {
+  Device device;
+  PyThreadState* thread = nullptr;
+  Owned workspace{};
+
+  static void* allocate(void* self, std::int64_t bytes) {
+    auto* const unlocked = static_cast<Unlocked*>(self);
+    PyEval_RestoreThread(unlocked->thread);
+    TensorView view;
+    view.device = unlocked->device;
+    view.dtype = DType::float32;
+    view.rank = 1;
+    view.shape[0] = (bytes + 3) / 4;
+    unlocked->workspace.reset(::allocate(&view));
+    unlocked->thread = PyEval_SaveThread();
+    return view.data;
+  }
+};
+
 template <class Call>
-bool run(bool (*function)(const Call&) noexcept, const Call& call) {
-  bool done = false;
-  Py_BEGIN_ALLOW_THREADS;
-  done = function(call);
-  Py_END_ALLOW_THREADS;
+bool run(bool (*function)(const Call&) noexcept, Call& call) {
+  Unlocked unlocked{call.query.device};
+  // On the CPU the library allocates without the dispatcher and without the GIL.
+  if (unlocked.device.type == DeviceType::cuda) call.workspace = {Unlocked::allocate, &unlocked};
+  unlocked.thread = PyEval_SaveThread();
+  const bool done = function(call);
+  PyEval_RestoreThread(unlocked.thread);
   return done;
 }
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -242,9 +243,19 @@ Call::Call(const Tensor& tensor) {
   raise_if_error(query_device(device, &properties_));
 }
 
-Call::Call(Device device, IsCurrent) {
+Call::Call(Device device, const DirectWorkspace& workspace) : direct_workspace_(workspace) {
   like_.device = device;
   raise_if_error(query_device(device, &properties_));
+}
+
+void* Call::new_workspace(std::int64_t bytes) {
+  if (direct_workspace_.allocate == nullptr) {
+    workspace_ = new_empty(like_, {(bytes + 3) / 4}, DType::int32);
+    return workspace_->data_ptr();
+  }
+  void* workspace = direct_workspace_.allocate(direct_workspace_.self, bytes);
+  if (workspace == nullptr) throw std::bad_alloc();
+  return workspace;
 }
 
 ExecutionContext Call::context(const Plan& plan) {
@@ -257,8 +268,8 @@ ExecutionContext Call::context(const Plan& plan) {
   if (plan.workspace_bytes > 0) {
     // torch aligns CPU memory to 64 bytes: ask for room to align further.
     const std::int64_t bytes = static_cast<std::int64_t>(plan.workspace_bytes);
-    workspace_ = new_empty(like_, {(bytes + workspace_alignment + 3) / 4}, DType::int32);
-    const auto address = reinterpret_cast<std::uintptr_t>(workspace_->data_ptr());
+    const auto address =
+        reinterpret_cast<std::uintptr_t>(new_workspace(bytes + workspace_alignment));
     const auto mask = static_cast<std::uintptr_t>(workspace_alignment - 1);
     context.workspace = reinterpret_cast<void*>((address + mask) & ~mask);
     context.workspace_bytes = plan.workspace_bytes;

@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "direct.h"
 #include "sinkattn/attention.h"
 
 namespace sinkattn::torch_binding {
@@ -50,8 +51,8 @@ void check_dense(const ForwardParams& params);
 class Call {
  public:
   explicit Call(const Tensor& tensor);
-  enum IsCurrent { is_current };
-  Call(Device device, IsCurrent);  ///< for a device that is known to be current
+  /// For a device that is known to be current, with a workspace from elsewhere.
+  Call(Device device, const DirectWorkspace& workspace);
 
   const DeviceProperties& device() const { return properties_; }
 
@@ -62,10 +63,13 @@ class Call {
   void run(const BackwardParams& params);  ///< nothing, if no gradient is wanted
 
  private:
+  void* new_workspace(std::int64_t bytes);
+
   TensorView like_;  ///< its device alone
   DeviceProperties properties_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   OptionalTensor workspace_;
+  DirectWorkspace direct_workspace_;
 };
 
 }  // namespace sinkattn::torch_binding

@@ -50,7 +50,7 @@ bool forward_outputs(DirectForward& c) noexcept {
 }
 
 bool forward(const DirectForward& c) noexcept {
-  return succeeds([&] { Call(c.query.device, Call::is_current).run(forward_params(c)); });
+  return succeeds([&] { Call(c.query.device, c.workspace).run(forward_params(c)); });
 }
 
 bool backward(const DirectBackward& c) noexcept {
@@ -72,7 +72,7 @@ bool backward(const DirectBackward& c) noexcept {
     params.mask = mask_of(c.options);
     params.deterministic = c.options.deterministic;
     if (c.dout.defined()) check_ready(c.dout, "dout");
-    Call(c.query.device, Call::is_current).run(params);
+    Call(c.query.device, c.workspace).run(params);
   });
 }
 

@@ -21,10 +21,17 @@ struct DirectOptions {
   bool deterministic = false;
 };
 
+/// Allocates the workspace of a call: `bytes` bytes on its device, or null.
+struct DirectWorkspace {
+  void* (*allocate)(void* self, std::int64_t bytes) = nullptr;
+  void* self = nullptr;
+};
+
 /// `out` and `softmax_lse` are allocated by the caller, as forward_outputs() says.
 struct DirectForward {
   TensorView query, key, value, learnable_sink, out, softmax_lse;
   DirectOptions options;
+  DirectWorkspace workspace;
   bool want_lse = false;
 };
 
@@ -34,6 +41,7 @@ struct DirectBackward {
   TensorView dout, dlse, query, key, value, learnable_sink, out, softmax_lse;
   TensorView dq, dk, dv, dsink;
   DirectOptions options;
+  DirectWorkspace workspace;
 };
 
 /// The functions need no GIL. Where one returns false, the operator says why.
