@@ -270,8 +270,8 @@ bool read_inputs(PyObject* const* inputs, DirectForward* call) {
          read(inputs[2], &call->value) && read_sink(inputs[3], &call->learnable_sink);
 }
 
-/// Allocates the outputs and runs.
-bool attend(DirectForward* call, Owned* out, Owned* lse) {
+/// Allocates the outputs.
+bool allocate_outputs(DirectForward* call, Owned* out, Owned* lse) {
   if (!state.native->is_current(call->query.device) || !state.native->forward_outputs(*call)) {
     return false;
   }
@@ -281,7 +281,7 @@ bool attend(DirectForward* call, Owned* out, Owned* lse) {
     lse->reset(allocate(&call->softmax_lse));
     if (!*lse) return false;
   }
-  return run(state.native->forward, *call);
+  return true;
 }
 
 /// 1 or 0: whether a gradient is wanted; -1 with an error set.
@@ -371,7 +371,10 @@ PyObject* call(PyObject*, PyObject* const* a, Py_ssize_t count) {
   if (gradient > 0) return call_with_gradient(a, left, right);
   c.want_lse = a[arg_return_attn_probs] == Py_True;
   Owned out, lse;
-  if (!read_inputs(tensors, &c) || !attend(&c, &out, &lse)) return not_taken();
+  if (!read_inputs(tensors, &c) || !allocate_outputs(&c, &out, &lse) ||
+      !run(state.native->forward, c)) {
+    return not_taken();
+  }
   return c.want_lse ? PyTuple_Pack(2, out.get(), lse.get()) : out.release();
 }
 
@@ -394,11 +397,12 @@ PyObject* autograd_forward(PyObject* const* a, Py_ssize_t count, bool return_lse
   c.want_lse = true;  // the backward reads it
   Owned out, lse;
   if (count != 6 || !read_options(a[5], &c.options) || !read_inputs(a + 1, &c) ||
-      c.query.dtype == DType::float8_e4m3 || !attend(&c, &out, &lse)) {
+      c.query.dtype == DType::float8_e4m3 || !allocate_outputs(&c, &out, &lse) ||
+      !fill_context(a[0], a + 1, out.get(), lse.get(), a[5]) ||
+      !run(state.native->forward, c)) {  // last: what follows a launch meets cold caches
     PyErr_SetString(PyExc_RuntimeError, "sinkattn: the operators run this call");
     return nullptr;
   }
-  if (!fill_context(a[0], a + 1, out.get(), lse.get(), a[5])) return nullptr;
   return return_lse ? PyTuple_Pack(2, out.get(), lse.get()) : out.release();
 }
 

@@ -224,6 +224,19 @@ def test_proxies_contain_the_operator():
     assert "sinkattn.fwd_dense" in graph.code
 
 
+def test_compiled_autograd_traces_the_backward(taken):
+    from torch._dynamo import compiled_autograd
+
+    q, k, v, sink = leaves = inputs(gradient=True)
+    with compiled_autograd._enable(lambda graph: graph):
+        out = sinkattn.flash_attn_func(q, k, v, learnable_sink=sink)
+        found = torch.autograd.grad(out.square().sum(), leaves)
+    assert taken.calls == [True]
+    out = sinkattn.flash_attn_func(q, k, v, learnable_sink=sink, softcap=0)
+    for a, b in zip(found, torch.autograd.grad(out.square().sum(), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_explain_comes_first(refused):
     q, k, v, _ = inputs()
     assert "kernel" in sinkattn.explain(sinkattn.flash_attn_func, q, k, v)
