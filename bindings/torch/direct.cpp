@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "direct.h"
 
-#include "common/backend.h"
 #include "convert.h"
 
 namespace sinkattn::torch_binding {
@@ -37,10 +36,6 @@ ForwardParams forward_params(const DirectForward& c) {
 
 bool is_current(Device device) noexcept {
   if (device.type == DeviceType::cpu) return true;
-#if SINKATTN_WITH_CUDA
-  static const bool only_one = hopper::device_count() == 1;
-  if (only_one) return true;
-#endif
   std::int32_t index = -1;
   return aoti_torch_get_current_device_index(&index) == AOTI_TORCH_SUCCESS && index == device.index;
 }

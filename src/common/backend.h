@@ -24,7 +24,6 @@ Status combine(const CombineProblem& problem, const Plan& plan, const ExecutionC
 // StatusCode::not_implemented from plan_* with the nearest request that works.
 namespace hopper {
 Status query_device(int index, DeviceProperties* properties);
-int device_count();  ///< 0 if that cannot be known
 Status plan_forward(const ForwardProblem& problem, const DeviceProperties& device, Plan* plan);
 Status forward(const ForwardProblem& problem, const Plan& plan, const ExecutionContext& context);
 Status plan_backward(const BackwardProblem& problem, const DeviceProperties& device, Plan* plan);

@@ -43,11 +43,6 @@ Status read_properties(int index, DeviceProperties* properties) {
 
 }  // namespace
 
-int device_count() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
-}
-
 Status query_device(int index, DeviceProperties* properties) {
   // Every call asks, so a device that was read once is found without a lock: `ready` is set after
   // the entry is complete and never cleared.
