@@ -35,10 +35,11 @@ struct ForwardArguments {
   Mask32 mask;
   KeyStorage keys;
   bool keys_packed;
-  RowsTensor lse;        ///< null: not wanted; with splits that of the partials
-  HeadsTensor zero_out;  ///< out again, for the rows that take no part
-  VectorView sink;       ///< null with splits: the merge adds it
-  float scale;           ///< raw score (after the soft cap) -> natural units
+  std::int32_t page_box_rows;  ///< paged: rows of a box; divides the page and the key block
+  RowsTensor lse;              ///< null: not wanted; with splits that of the partials
+  HeadsTensor zero_out;        ///< out again, for the rows that take no part
+  VectorView sink;             ///< null with splits: the merge adds it
+  float scale;                 ///< raw score (after the soft cap) -> natural units
   float scale_log2;
   float rescale_limit;  ///< growth of the maximum (raw) that the exponentials tolerate
   float softcap;        ///< 0: none
@@ -57,6 +58,7 @@ struct ForwardInstance {
   DType dtype;
   int head_dim, head_dim_v;
   ForwardUse use;
+  bool paged;
   int tile_m, tile_n;
   int threads;
   int shared_bytes;
@@ -66,6 +68,6 @@ struct ForwardInstance {
 /// The instance for these dimensions, rounded up to a compiled pair, and for this use if there is
 /// one; null if no pair is large enough.
 const ForwardInstance* find_forward(DType dtype, std::int64_t head_dim, std::int64_t head_dim_v,
-                                    ForwardUse use);
+                                    ForwardUse use, bool paged);
 
 }  // namespace sinkattn::hopper

@@ -26,7 +26,8 @@ struct ForwardShape {
   Hidden hidden;     ///< which part of the softmax runs under P V
 };
 
-template <class T, int HeadDim, int HeadDimV, ForwardShape Shape>
+/// `Paged`: keys and values lie in pages that a table lists.
+template <class T, int HeadDim, int HeadDimV, ForwardShape Shape, bool Paged = false>
 struct ForwardConfig {
   using Element = T;
   static constexpr int head_dim = HeadDim, head_dim_v = HeadDimV;
@@ -35,6 +36,7 @@ struct ForwardConfig {
   static constexpr int stages = Shape.stages, query_stages = Shape.query_stages;
   static constexpr bool turns = Shape.turns;
   static constexpr Hidden hidden = Shape.hidden;
+  static constexpr bool paged = Paged;
   static constexpr int threads = 128 * (warpgroups + 1);
   // All registers that the launch gives a block, per four threads: 40 + 2 * 232, 32 + 3 * 160,
   // 32 + 4 * 112.
