@@ -45,6 +45,13 @@ struct KeyPassTuning<128, 128> {
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
+/// The key pass at head dim 64. gradient_slots: tiles of dQ that wait for their turn, deterministic
+/// mode. dq_registers: of the warpgroup of dQ and dK.
+struct NarrowKeyPassTuning {
+  static constexpr int stages = 4, gradient_slots = 3, statistics_window = 8;
+  static constexpr int producer_registers = 32, dq_registers = 128, main_registers = 176;
+};
+
 /// The key pass for large head dims: 64 keys per block, shared by two main warpgroups.
 template <int D, int DV>
 struct WideKeyPassTuning;

@@ -10,7 +10,8 @@
 // warpgroups drift apart until one's exponentials run under the other's matrix products.
 //
 // Here: shared memory, barriers, and the roles that copy and that form dQ. The main
-// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
+// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh; head
+// dim 64 is in backward_keys_narrow.cuh.
 #pragma once
 
 #include "hopper/backward_tuning.h"
@@ -41,6 +42,10 @@ struct KeyPass {
   static constexpr bool producer_group = Tuning::producer_group;
   static constexpr int threads = producer_group ? 512 : 384;
   static constexpr int first_main_group = threads / 128 - 2;
+  static constexpr bool third_adds_keys = false;
+  static constexpr bool descending = false;
+  static constexpr int releasing_warps = 8;  ///< of a stage
+  static constexpr int gradient_slots = 0;
   using KeyTile = Tile<keys, d>;
   using ValueTile = Tile<keys, dv>;
   using QueryTile = Tile<queries, d>;
@@ -64,12 +69,13 @@ struct KeyPassSmem {
   static constexpr int dout = query + C::stages * C::QueryTile::bytes;
   static constexpr int score = dout + C::stages * C::DoutTile::bytes;
   static constexpr int probability = score + C::stages * C::ScoreTile::bytes;
-  static constexpr int lse2 = probability + C::stages * C::probability_bytes;
+  static constexpr int gradient = probability + C::stages * C::probability_bytes;
+  static constexpr int lse2 = gradient + C::gradient_slots * C::queries * C::d * 4;
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
   static constexpr int barriers = facts + 64;
-  static constexpr int bytes = barriers + 8 * (1 + 5 * C::stages);
+  static constexpr int bytes = barriers + 8 * (1 + 5 * C::stages + 2 * C::gradient_slots);
   static constexpr int alignment = 1024;
   static constexpr int allocated = bytes + alignment;  ///< dynamic memory is aligned by hand
   static_assert(query % 1024 == 0 && dout % 1024 == 0 && score % 1024 == 0);
@@ -80,12 +86,14 @@ struct KeyPassSmem {
 /// Barriers, by what their completion means.
 template <class C>
 struct KeyPassBarriers {
-  std::uint64_t* keys_full;    ///< K, V loaded: producer's expect_tx -> mains, dQ group
-  std::uint64_t* query_full;   ///< [stage] Q, LSE2 loaded -> mains
-  std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
-  std::uint64_t* stage_empty;  ///< [stage] all readers are done with Q and dO -> producer
-  std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
-  std::uint64_t* score_empty;  ///< [stage] the 4 dQ warps have read dS -> mains
+  std::uint64_t* keys_full;       ///< K, V loaded: producer's expect_tx -> mains, dQ group
+  std::uint64_t* query_full;      ///< [stage] Q, LSE2 loaded -> mains
+  std::uint64_t* dout_full;       ///< [stage] dO, D' loaded -> mains
+  std::uint64_t* stage_empty;     ///< [stage] all readers are done with Q and dO -> producer
+  std::uint64_t* score_full;      ///< [stage] the 8 main warps wrote dS -> dQ group
+  std::uint64_t* score_empty;     ///< [stage] the 4 dQ warps have read dS -> mains
+  std::uint64_t* gradient_full;   ///< [slot] the 4 product warps wrote dQ -> writers
+  std::uint64_t* gradient_empty;  ///< [slot] the copy engine has read dQ -> product warpgroup
 
   __device__ explicit KeyPassBarriers(char* smem) {
     keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
@@ -94,6 +102,8 @@ struct KeyPassBarriers {
     stage_empty = dout_full + C::stages;
     score_full = stage_empty + C::stages;
     score_empty = score_full + C::stages;
+    gradient_full = score_empty + C::stages;
+    gradient_empty = gradient_full + C::gradient_slots;
   }
 
   __device__ void init() const {
@@ -101,9 +111,13 @@ struct KeyPassBarriers {
     for (int i = 0; i < C::stages; ++i) {
       ptx::mbarrier_init(query_full + i, 1);
       ptx::mbarrier_init(dout_full + i, 1);
-      ptx::mbarrier_init(stage_empty + i, 8);
+      ptx::mbarrier_init(stage_empty + i, C::releasing_warps);
       ptx::mbarrier_init(score_full + i, 8);
       ptx::mbarrier_init(score_empty + i, 4);
+    }
+    for (int i = 0; i < C::gradient_slots; ++i) {
+      ptx::mbarrier_init(gradient_full + i, 4);
+      ptx::mbarrier_init(gradient_empty + i, 1);
     }
     ptx::mbarrier_init_fence();
   }
@@ -145,13 +159,16 @@ struct KeyPassWork {
 /// What the main warpgroups need of the block, in shared memory: computing it takes more registers
 /// than they have.
 struct alignas(16) BlockFacts {
-  TileRange tiles;  ///< query tiles of each head
-  TileRange full;   ///< of them, those that need no mask
-  int iterations;   ///< over all heads
+  TileRange tiles;   ///< query tiles of each head
+  TileRange full;    ///< of them, those that need no mask
+  TileRange before;  ///< query tiles that meet the keys of the block before
+  int iterations;    ///< over all heads
 };
 static_assert(sizeof(BlockFacts) <= 64);
 
-/// Walks over (head, query tile) in the order that all roles share.
+/// Walks over (head, query tile) in the order that all roles share: heads upwards, the tiles of
+/// each upwards or downwards.
+template <bool Descending>
 struct QueryWalk {
   TileRange tiles;
   int head, tile;
@@ -159,18 +176,22 @@ struct QueryWalk {
   std::uint32_t head_step;  ///< from the last tile of a head to the first of the next
 
   __device__ QueryWalk(const BackwardArguments& p, const KeyPassWork& work)
-      : tiles(work.tiles), head(work.first_head), tile(work.tiles.begin) {
+      : tiles(work.tiles), head(work.first_head) {
+    tile = first();
     row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
-    head_step = static_cast<std::uint32_t>(p.statistic_rows -
-                                           (tiles.end - 1 - tiles.begin) * backward_tile_queries);
+    const int others = (tiles.end - 1 - tiles.begin) * backward_tile_queries;
+    head_step = static_cast<std::uint32_t>(p.statistic_rows + (Descending ? others : -others));
   }
 
+  __device__ int first() const { return Descending ? tiles.end - 1 : tiles.begin; }
+
   __device__ void advance() {
-    if (++tile < tiles.end) {
-      row += backward_tile_queries;
+    tile += Descending ? -1 : 1;
+    if (Descending ? tile >= tiles.begin : tile < tiles.end) {
+      row += Descending ? -backward_tile_queries : backward_tile_queries;
       return;
     }
-    tile = tiles.begin;
+    tile = first();
     row += head_step;
     ++head;
   }
@@ -185,7 +206,7 @@ struct KeyPassProducer {
   const KeyPassBarriers<C>& barriers;
   char* smem;
   TileSource query, dout;
-  QueryWalk walk;
+  QueryWalk<C::descending> walk;
   RingPosition<C::stages> ring;
   int left;  ///< tiles to load
 
@@ -330,7 +351,7 @@ __device__ __forceinline__ void query_gradient_role(const BackwardArguments& p,
     while (produces && producer.left > 0) producer.load_tile();
     return;
   }
-  QueryWalk walk(p, work);
+  QueryWalk<C::descending> walk(p, work);
   RingPosition<C::stages> ring;
   for (int i = 0; i < work.iterations; ++i) {
     wait_for_scores<C>(producer, produces, barriers.score_full + ring.slot, ring.phase);
