@@ -30,6 +30,10 @@ install(FILES "${PROJECT_BINARY_DIR}/sinkattnConfig.cmake"
 if(SINKATTN_WITH_TORCH)
   install(TARGETS sinkattn_torch
           LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT sinkattn_torch)
+  if(SINKATTN_WITH_DIRECT)
+    install(TARGETS sinkattn_direct
+            LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT sinkattn_torch)
+  endif()
 endif()
 
 # What is linked into the wheel's libraries, for whoever scans it (PEP 770).

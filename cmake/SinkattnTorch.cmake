@@ -44,3 +44,29 @@ set_target_properties(sinkattn_torch PROPERTIES
   LINKER_LANGUAGE CXX
   SKIP_BUILD_RPATH ON
   LIBRARY_OUTPUT_DIRECTORY "${SINKATTN_TORCH_OUTPUT_DIR}")
+
+# The Python module of plain calls, for the stable ABI: it needs Python's header and no library.
+# Without the header the package works through the operators alone.
+execute_process(
+  COMMAND "${Python3_EXECUTABLE}" -c "import sysconfig; print(sysconfig.get_path('include'))"
+  OUTPUT_VARIABLE sinkattn_python_include OUTPUT_STRIP_TRAILING_WHITESPACE)
+set(SINKATTN_WITH_DIRECT OFF)
+if(NOT EXISTS "${sinkattn_python_include}/Python.h")
+  message(STATUS "sinkattn: no Python.h for ${Python3_EXECUTABLE}, the direct entry is left out")
+elseif(NOT EXISTS "${SINKATTN_TORCH_DIR}/include/ATen/dlpack.h")
+  message(STATUS "sinkattn: this torch has no ATen/dlpack.h, the direct entry is left out")
+else()
+  set(SINKATTN_WITH_DIRECT ON)
+  add_library(sinkattn_direct MODULE "${PROJECT_SOURCE_DIR}/bindings/python/direct.cpp")
+  target_include_directories(sinkattn_direct PRIVATE "${PROJECT_SOURCE_DIR}/include")
+  target_include_directories(sinkattn_direct SYSTEM PRIVATE
+    "${sinkattn_python_include}" "${SINKATTN_TORCH_DIR}/include")
+  target_link_options(sinkattn_direct PRIVATE "$<$<CONFIG:Release>:-s>")
+  set_target_properties(sinkattn_direct PROPERTIES
+    OUTPUT_NAME _direct
+    PREFIX ""
+    SUFFIX .abi3.so
+    SKIP_BUILD_RPATH ON
+    LIBRARY_OUTPUT_DIRECTORY "${SINKATTN_TORCH_OUTPUT_DIR}")
+  add_dependencies(sinkattn_torch sinkattn_direct)  # whoever asks for one gets both
+endif()

@@ -4,8 +4,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <string>
+
+#include "common/prepared.h"
 
 // Declared by torch only where CUDA is in use, and defined in libtorch_cuda.so. Weak: null under a
 // CPU build of torch, so that one library loads on both.
@@ -179,11 +182,80 @@ Tensor new_empty_like(const Tensor& like) {
   return new_empty(view_of, view_of.shape, view_of.rank, view_of.dtype);
 }
 
+TensorView out_view(const ForwardParams& params) {
+  const TensorView& query = params.query;
+  if (params.value.rank < 1) {
+    raise_if_error(Status::error(StatusCode::value_error, "v: expected 3 or 4 dimensions, got %d",
+                                 params.value.rank));
+  }
+  TensorView out;
+  out.device = query.device;
+  out.dtype = query.dtype == DType::float8_e4m3 ? DType::bfloat16 : query.dtype;
+  out.rank = query.rank;
+  std::copy(query.shape, query.shape + query.rank - 1, out.shape);
+  out.shape[query.rank - 1] = params.value.size_back(0);
+  return out;
+}
+
+TensorView statistics_view(const TensorView& query, bool packed) {
+  TensorView lse;
+  lse.device = query.device;
+  lse.dtype = query.dtype == DType::float64 ? DType::float64 : DType::float32;
+  lse.rank = query.rank - 1;
+  if (!packed) lse.shape[0] = query.shape[0];
+  lse.shape[lse.rank - 2] = query.size_back(1);
+  lse.shape[lse.rank - 1] = query.size_back(2);
+  return lse;
+}
+
+void check_query_rank(const TensorView& query, bool packed) {
+  const int expected = packed ? 3 : 4;
+  if (query.rank == expected) return;
+  raise_if_error(Status::error(StatusCode::value_error, "q: expected %d dimensions, got %d",
+                               expected, query.rank));
+}
+
+void check_ready(const TensorView& tensor, const char* name) {
+  if (tensor.device.type != DeviceType::cuda) return;
+  for (int i = 0; i + 1 < tensor.rank; ++i) {
+    if (tensor.stride[i] > 0 || tensor.shape[i] <= 1) continue;
+    raise_if_error(Status::error(StatusCode::value_error,
+                                 "%s: expected positive strides, got %lld in dimension %d", name,
+                                 static_cast<long long>(tensor.stride[i]), i));
+  }
+}
+
+void check_dense(const ForwardParams& params) {
+  check_query_rank(params.query, false);
+  check_ready(params.query, "q");
+  check_ready(params.key, "k");
+  check_ready(params.value, "v");
+}
+
 Call::Call(const Tensor& tensor) {
   const Device device = core_device(tensor, "q");
   like_.device = device;
-  if (device.type == DeviceType::cuda) guard_.emplace(device.index);
+  // A guard costs several calls into the CUDA runtime; asking whether it is needed costs one.
+  if (device.type == DeviceType::cuda &&
+      torch::stable::accelerator::getCurrentDeviceIndex() != device.index) {
+    guard_.emplace(device.index);
+  }
   raise_if_error(query_device(device, &properties_));
+}
+
+Call::Call(Device device, const DirectWorkspace& workspace) : direct_workspace_(workspace) {
+  like_.device = device;
+  raise_if_error(query_device(device, &properties_));
+}
+
+void* Call::new_workspace(std::int64_t bytes) {
+  if (direct_workspace_.allocate == nullptr) {
+    workspace_ = new_empty(like_, {(bytes + 3) / 4}, DType::int32);
+    return workspace_->data_ptr();
+  }
+  void* workspace = direct_workspace_.allocate(direct_workspace_.self, bytes);
+  if (workspace == nullptr) throw std::bad_alloc();
+  return workspace;
 }
 
 ExecutionContext Call::context(const Plan& plan) {
@@ -196,13 +268,28 @@ ExecutionContext Call::context(const Plan& plan) {
   if (plan.workspace_bytes > 0) {
     // torch aligns CPU memory to 64 bytes: ask for room to align further.
     const std::int64_t bytes = static_cast<std::int64_t>(plan.workspace_bytes);
-    workspace_ = new_empty(like_, {(bytes + workspace_alignment + 3) / 4}, DType::int32);
-    const auto address = reinterpret_cast<std::uintptr_t>(workspace_->data_ptr());
+    const auto address =
+        reinterpret_cast<std::uintptr_t>(new_workspace(bytes + workspace_alignment));
     const auto mask = static_cast<std::uintptr_t>(workspace_alignment - 1);
     context.workspace = reinterpret_cast<void*>((address + mask) & ~mask);
     context.workspace_bytes = plan.workspace_bytes;
   }
   return context;
+}
+
+void Call::run(const ForwardParams& params) {
+  Prepared<ForwardProblem> prepared;
+  raise_if_error(prepare_forward(params, properties_, &prepared));
+  raise_if_error(run_prepared(prepared, context(prepared.plan)));
+}
+
+void Call::run(const BackwardParams& params) {
+  const bool nothing = !params.dq.defined() && !params.dk.defined() && !params.dsink.defined() &&
+                       !params.softmax_d.defined();
+  if (nothing) return;
+  Prepared<BackwardProblem> prepared;
+  raise_if_error(prepare_backward(params, properties_, &prepared));
+  raise_if_error(run_prepared(prepared, context(prepared.plan)));
 }
 
 }  // namespace sinkattn::torch_binding

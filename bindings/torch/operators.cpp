@@ -38,18 +38,14 @@ DType statistics_dtype(DType query) {
   return query == DType::float64 ? DType::float64 : DType::float32;
 }
 
-/// LSE tensor of a query: (b, h, sq) or (h, total_q).
 Tensor new_statistics(const TensorView& query, bool packed) {
-  const DType type = statistics_dtype(query.dtype);
-  if (packed) return new_empty(query, {query.size_back(1), query.shape[0]}, type);
-  return new_empty(query, {query.shape[0], query.size_back(1), query.shape[1]}, type);
+  const TensorView lse = statistics_view(query, packed);
+  return new_empty(lse, lse.shape, lse.rank, lse.dtype);
 }
 
-void check_query_rank(const TensorView& query, bool packed) {
-  const int expected = packed ? 3 : 4;
-  if (query.rank == expected) return;
-  raise_if_error(Status::error(StatusCode::value_error, "q: expected %d dimensions, got %d",
-                               expected, query.rank));
+Tensor new_out(const ForwardParams& params) {
+  const TensorView out = out_view(params);
+  return new_empty(out, out.shape, out.rank, out.dtype);
 }
 
 /// Arguments of fwd after q, k, v, as one bundle: fwd, fwd_out, fwd_kvcache and the plan text share
@@ -101,25 +97,6 @@ ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v,
   return p;
 }
 
-void run_forward(Call& call, const ForwardParams& params) {
-  Prepared<ForwardProblem> prepared;
-  raise_if_error(prepare_forward(params, call.device(), &prepared));
-  raise_if_error(run_prepared(prepared, call.context(prepared.plan)));
-}
-
-/// Allocates out for the query of `params`: dtype of q, bf16 for e4m3.
-Tensor new_out(const ForwardParams& params) {
-  const TensorView& query = params.query;
-  if (params.value.rank < 1) {
-    raise_if_error(Status::error(StatusCode::value_error, "v: expected 3 or 4 dimensions, got %d",
-                                 params.value.rank));
-  }
-  const DType type = query.dtype == DType::float8_e4m3 ? DType::bfloat16 : query.dtype;
-  const Int dv = params.value.size_back(0);
-  if (query.rank == 3) return new_empty(query, {query.shape[0], query.shape[1], dv}, type);
-  return new_empty(query, {query.shape[0], query.shape[1], query.shape[2], dv}, type);
-}
-
 Tensor fwd_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
                SINKATTN_FORWARD_PARAMETERS) {
   Call call(q);
@@ -127,7 +104,7 @@ Tensor fwd_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor
   Tensor lse = new_statistics(params.query, params.cu_seqlens_q.defined());
   params.out = view(out, "out");
   params.softmax_lse = view(lse, "softmax_lse");
-  run_forward(call, params);
+  call.run(params);
   return lse;
 }
 
@@ -139,20 +116,8 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   Tensor lse = new_statistics(params.query, params.cu_seqlens_q.defined());
   params.out = view(out, "out");
   params.softmax_lse = view(lse, "softmax_lse");
-  run_forward(call, params);
+  call.run(params);
   return {std::move(out), std::move(lse)};
-}
-
-/// Layouts that Python's ready() leaves as they are. On CUDA that is stricter than what the core
-/// accepts: no repeated rows.
-void check_ready(const TensorView& tensor, const char* name) {
-  if (tensor.device.type != DeviceType::cuda) return;
-  for (int i = 0; i + 1 < tensor.rank; ++i) {
-    if (tensor.stride[i] > 0 || tensor.shape[i] <= 1) continue;
-    raise_if_error(Status::error(StatusCode::value_error,
-                                 "%s: expected positive strides, got %lld in dimension %d", name,
-                                 static_cast<long long>(tensor.stride[i]), i));
-  }
 }
 
 /// Arguments of fwd in the common case alone: every argument of an operator costs the caller time
@@ -171,10 +136,7 @@ ForwardParams dense_params(SINKATTN_DENSE_PARAMETERS) {
   p.learnable_sink = view(learnable_sink, "learnable_sink");
   p.softmax_scale = softmax_scale;
   p.mask = mask_of(causal, window_left, window_right, 0);
-  check_query_rank(p.query, false);
-  check_ready(p.query, "q");
-  check_ready(p.key, "k");
-  check_ready(p.value, "v");
+  check_dense(p);
   return p;
 }
 
@@ -185,7 +147,7 @@ std::tuple<Tensor, Tensor> fwd_dense(SINKATTN_DENSE_PARAMETERS) {
   Tensor lse = new_statistics(params.query, false);
   params.out = view(out, "out");
   params.softmax_lse = view(lse, "softmax_lse");
-  run_forward(call, params);
+  call.run(params);
   return {std::move(out), std::move(lse)};
 }
 
@@ -195,7 +157,7 @@ Tensor fwd_dense_no_lse(SINKATTN_DENSE_PARAMETERS) {
   ForwardParams params = dense_params(SINKATTN_DENSE_ARGUMENTS);
   Tensor out = new_out(params);
   params.out = view(out, "out");
-  run_forward(call, params);
+  call.run(params);
   return out;
 }
 
@@ -318,15 +280,6 @@ Tensor new_dsink(const Tensor& q, const OptionalTensor& sink) {
   return new_empty_like(*sink);
 }
 
-void run_backward(Call& call, const BackwardParams& params) {
-  const bool nothing = !params.dq.defined() && !params.dk.defined() && !params.dsink.defined() &&
-                       !params.softmax_d.defined();
-  if (nothing) return;
-  Prepared<BackwardProblem> prepared;
-  raise_if_error(prepare_backward(params, call.device(), &prepared));
-  raise_if_error(run_prepared(prepared, call.context(prepared.plan)));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(SINKATTN_BACKWARD_PARAMETERS) {
   Call call(q);
   BackwardParams params = backward_params(SINKATTN_BACKWARD_ARGUMENTS);
@@ -341,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(SINKATTN_BACKWARD_PARAMETERS) {
     params.dv = view(dv, "dv");
   }
   if (learnable_sink.has_value()) params.dsink = view(dsink, "dsink");
-  run_backward(call, params);
+  call.run(params);
   return {dq, dk, dv, dsink};
 }
 
@@ -374,7 +327,7 @@ std::tuple<Tensor, Tensor> bwd_out(const Tensor& dq, const Tensor& dk, const Ten
     params.dv = view(dv, "dv");
   }
   if (learnable_sink.has_value()) params.dsink = view(dsink, "dsink");
-  run_backward(call, params);
+  call.run(params);
   return {d, dsink};
 }
 

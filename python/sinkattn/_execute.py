@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.compiler import is_compiling
 
+from . import _direct
 from ._arguments import boolean, integer, number, optional_tensor, refuse_gradient, tensor, window
 from ._ops import call, ops
 from .autograd import (
@@ -40,9 +41,13 @@ class Explained(Exception):
 @contextlib.contextmanager
 def explaining() -> Iterator[None]:
     token = _explaining.set(True)
+    if _direct.module is not None:
+        _direct.module.pause(1)
     try:
         yield
     finally:
+        if _direct.module is not None:
+            _direct.module.pause(-1)
         _explaining.reset(token)
 
 

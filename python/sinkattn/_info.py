@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _direct
 from ._execute import Explained, explaining
 from ._ops import LIBRARY, built_with_cuda, version
 
@@ -37,13 +38,15 @@ def is_available(device=None) -> bool:
 
 
 def build_info() -> dict:
-    """Version, kernels, library path, torch, and why CUDA is not usable here (None if it is)."""
+    """Version, kernels, library path, torch, and why CUDA and the direct entry, which saves plain
+    calls host time, are not usable here (None if they are)."""
     return {
         "version": version(),
         "cuda_kernels": built_with_cuda(),
         "library": str(LIBRARY),
         "torch": torch.__version__,
         "cuda_unavailable": unavailable_reason(),
+        "direct_unavailable": _direct.unavailable,
     }
 
 

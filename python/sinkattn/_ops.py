@@ -19,18 +19,18 @@ if not LIBRARY.exists():
 torch.ops.load_library(str(LIBRARY))
 ops = torch.ops.sinkattn
 
-_native = ctypes.CDLL(str(LIBRARY))
-_native.sinkattn_version.restype = ctypes.c_char_p
+native_library = ctypes.CDLL(str(LIBRARY))
+native_library.sinkattn_version.restype = ctypes.c_char_p
 
 
 def version() -> str:
     """Version of the compiled library."""
-    return _native.sinkattn_version().decode()
+    return native_library.sinkattn_version().decode()
 
 
 def built_with_cuda() -> bool:
     """Whether the Hopper kernels are in the compiled library."""
-    return bool(_native.sinkattn_built_with_cuda())
+    return bool(native_library.sinkattn_built_with_cuda())
 
 
 _EXCEPTIONS = {

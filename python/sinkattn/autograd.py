@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from . import _direct
 from ._ops import call, ops
 
 FORWARD = ops.fwd.default
@@ -242,6 +243,36 @@ apply_eager_lse = _direct_apply(EagerLseFunc)
 # Whether vmap, grad or another transform of torch.func is active. A torch without this question
 # takes the general path.
 in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+if _direct.module is not None:
+
+    class DirectFunc(EagerFunc):
+        """EagerFunc for the direct entry, which alone calls it: it has asked what must be asked."""
+
+        forward = staticmethod(_direct.module.forward)
+
+        @staticmethod
+        def backward(ctx, dout):
+            return _direct_gradients(ctx, dout, None) or EagerFunc.backward(ctx, dout)
+
+    class DirectLseFunc(EagerLseFunc):
+        """As DirectFunc -> (out, softmax_lse)."""
+
+        forward = staticmethod(_direct.module.forward_lse)
+
+        @staticmethod
+        def backward(ctx, dout, dlse):
+            return _direct_gradients(ctx, dout, dlse) or EagerLseFunc.backward(ctx, dout, dlse)
+
+    def _direct_gradients(ctx, dout, dlse) -> tuple | None:
+        if is_compiling() or torch.is_grad_enabled():  # enabled: with create_graph
+            return None
+        return _direct.module.backward(
+            dout, dlse, ctx.saved_tensors, ctx.options, ctx.needs_input_grad
+        )
+
+    _direct.module.connect(_direct_apply(DirectFunc), _direct_apply(DirectLseFunc))
 
 
 # One function serves dense and packed sequences; FA3 has two names for it.

@@ -17,6 +17,9 @@ the text is always ``<argument>: expected <what>, got <what>``.
 
 from __future__ import annotations
 
+from torch.compiler import is_dynamo_compiling
+
+from . import _direct
 from ._arguments import integer, one_sink, tensor
 from ._cache import flash_attn_with_kvcache, get_scheduler_metadata
 from ._compatibility import (
@@ -113,6 +116,14 @@ def flash_attn_func(
 
     The signature is FlashAttention-3's with the sink added.
     """
+    if not is_dynamo_compiling():  # other tracers are modes, which the direct entry asks for
+        result = _direct.call(
+            q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size,
+            attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
+            return_attn_probs, s_aux, sinks, learnable_sink,
+        )  # fmt: skip
+        if result is not None:
+            return result
     if (
         attention_chunk is _ZERO
         and num_splits is _ONE

@@ -17,30 +17,20 @@ inline constexpr long long l2_of_heads = 48ll << 20;
 /// The key pass: 128 keys per block, 64 in each of two main warpgroups.
 /// stages: query tiles (Q, dO and their statistics) in flight, and dS tiles between the main
 /// warpgroups and the warpgroup of dQ.
-/// scores_ahead: S of the next tile is issued before dV and dK of this one.
 /// dq_columns: columns of dQ accumulated at a time.
 /// statistics_window: pairs of LSE2 or D' (of 8 per thread and tile) held in registers.
 template <int D, int DV>
 struct KeyPassTuning;
 
 template <>
-struct KeyPassTuning<64, 64> {
-  static constexpr int stages = 4, dq_columns = 64, statistics_window = 8;
-  static constexpr bool scores_ahead = true;
-  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
-};
-
-template <>
 struct KeyPassTuning<96, 96> {
   static constexpr int stages = 3, dq_columns = 32, statistics_window = 8;
-  static constexpr bool scores_ahead = false;
   static constexpr int producer_registers = 24, dq_registers = 72, main_registers = 208;
 };
 
 template <>
 struct KeyPassTuning<128, 128> {
   static constexpr int stages = 3, dq_columns = 64, statistics_window = 7;
-  static constexpr bool scores_ahead = false;
   static constexpr int producer_registers = 24, dq_registers = 72, main_registers = 208;
 };
 
@@ -51,8 +41,14 @@ struct JointKeyPassTuning;
 template <>
 struct JointKeyPassTuning<192, 128> {
   static constexpr int stages = 2, statistics_window = 8;
-  static constexpr bool scores_ahead = false;
   static constexpr int producer_registers = 24, main_registers = 240;
+};
+
+/// The key pass at head dim 64. gradient_slots: tiles of dQ that wait for their turn, deterministic
+/// mode. dq_registers: of the warpgroup of dQ and dK.
+struct NarrowKeyPassTuning {
+  static constexpr int stages = 4, gradient_slots = 3, statistics_window = 8;
+  static constexpr int producer_registers = 32, dq_registers = 128, main_registers = 176;
 };
 
 /// The key pass for large head dims: 64 keys per block, shared by two main warpgroups.

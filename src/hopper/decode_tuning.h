@@ -5,9 +5,16 @@
 
 namespace sinkattn::hopper {
 
-/// Packed query rows (positions x heads of a group) up to which the decode kernel runs instead of
-/// the general one. Chosen by reasoning (eight tiles of 16 rows), not measured yet.
-inline constexpr long long decode_rows = 128;
+/// Query positions, and packed rows (positions x heads of a group), up to which the decode kernel
+/// runs instead of the general one. A tile of 32 packed rows here takes as long as one of 192
+/// positions of a head there (twice as long where the rows are 16). Group 8, us here and there:
+/// head dim 64, 8x32768 keys, 32 positions 815, 864, 48 positions 1218, 865; 128, 8x4096, 16
+/// positions 97, 147, 32 positions 185, 147; 256, 1x32768, 8 positions 150, 249, 16 positions 285,
+/// 252.
+constexpr long long decode_positions(long long head_dim) {
+  return head_dim <= 96 ? 32 : head_dim <= 128 ? 24 : 12;
+}
+inline constexpr long long decode_rows = 512;
 
 /// Blocks that share a row tile, at most, where the heuristic decides. 1x131072 tokens with one KV
 /// head, 128 pieces: 20.7 us; the merge reads 32 pieces per lane and round trip to L2.
@@ -39,9 +46,10 @@ constexpr DecodeTuning decode_tuning(int head_dim, int head_dim_v, int row_tiles
 }
 
 /// A piece has at least this many key tiles (of warps * keys keys), so that short contexts are not
-/// cut into pieces whose merge costs more than they save. 1x4096: 12.1 us, with 8 tiles 13.4, with
-/// 2 12.4.
+/// cut into pieces whose merge costs more than they save; `alone`: one sequence, whose pieces are
+/// equal. 1x4096: 10.8 us, with 4 tiles 12.3.
 inline constexpr int decode_min_tiles = 4;
+inline constexpr int decode_min_tiles_alone = 2;
 
 /// At most this many keys per row tile: one piece each, one launch, no merge. A second launch
 /// without work costs 2.3 us, a block reads 256 keys in about 2 us.

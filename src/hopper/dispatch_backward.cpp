@@ -38,14 +38,16 @@ std::int64_t bytes_of_head(const BackwardProblem& problem, CompiledDims dims) {
   return std::max<std::int64_t>(1, problem.longest_q) * (2 * (dims.d + dims.dv) + 4 * dims.d);
 }
 
-/// dQ comes from the query pass where nothing may be added in undefined order, and where the key
-/// pass has nothing else to do; otherwise from the key pass through the accumulator.
-bool uses_query_pass(const BackwardProblem& problem) {
-  return problem.dq.data != nullptr && (problem.deterministic || problem.dk.data == nullptr);
+/// dQ comes from the query pass where nothing may be added in undefined order and the key pass
+/// cannot add in a fixed one, and where the key pass has nothing else to do; otherwise from the key
+/// pass through the accumulator. In deterministic mode it does not depend on what else is wanted.
+bool uses_query_pass(const BackwardProblem& problem, const BackwardInstance& instance) {
+  if (problem.dq.data == nullptr) return false;
+  return problem.deterministic ? !instance.adds_in_turn : problem.dk.data == nullptr;
 }
 
-bool uses_accumulator(const BackwardProblem& problem) {
-  return problem.dq.data != nullptr && !uses_query_pass(problem);
+bool uses_accumulator(const BackwardProblem& problem, const BackwardInstance& instance) {
+  return problem.dq.data != nullptr && !uses_query_pass(problem, instance);
 }
 
 /// Parts that the query heads of a group are split into, for two reasons. Too few blocks for the
@@ -60,7 +62,7 @@ int group_splits(const BackwardProblem& problem, const BackwardInstance& instanc
       std::max<std::int64_t>(1, ceil_div(rows, instance.key_pass_keys) * problem.heads_kv);
   const std::int64_t wanted = 2 * std::max(1, sm_count);
   std::int64_t splits = blocks >= wanted * 3 / 4 ? 1 : ceil_div(wanted, blocks);
-  if (instance.splits_for_l2 && uses_accumulator(problem) && !problem.mask.is_full()) {
+  if (instance.splits_for_l2 && uses_accumulator(problem, instance) && !problem.mask.is_full()) {
     const std::int64_t heads =
         std::max<std::int64_t>(1, l2_of_heads / bytes_of_head(problem, instance.dims));
     splits = std::max(splits, ceil_div(problem.group, heads));
@@ -72,7 +74,7 @@ int group_splits(const BackwardProblem& problem, const BackwardInstance& instanc
 /// The workspace behind the plan; the number of splits is in the plan.
 struct Workspace {
   PrepareLayout prepare;
-  std::size_t dq_offset, dk_offset, dv_offset, bytes;
+  std::size_t dq_offset, turns_offset, dk_offset, dv_offset, bytes;
 
   Workspace(const BackwardProblem& problem, const BackwardInstance& instance, int splits)
       : prepare(problem) {
@@ -85,10 +87,12 @@ struct Workspace {
     const std::int64_t keys = splits > 1 && problem.dk.data != nullptr
                                   ? splits * batch_k * problem.rows_k * problem.heads_kv
                                   : 0;
-    const bool with_dq = uses_accumulator(problem);
+    const std::int64_t rows =
+        uses_accumulator(problem, instance) ? batch_q * problem.heads_q * prepare.rows : 0;
     dq_offset = prepare.bytes;
+    turns_offset = dq_offset + aligned(4 * rows * dims.d);
     dk_offset =
-        dq_offset + aligned(with_dq ? 4 * batch_q * problem.heads_q * prepare.rows * dims.d : 0);
+        turns_offset + aligned(problem.deterministic ? 4 * rows / backward_tile_queries : 0);
     dv_offset = dk_offset + aligned(4 * keys * dims.d);
     bytes = dv_offset + aligned(4 * keys * dims.dv);
   }
@@ -214,11 +218,14 @@ Status launch_main(const BackwardProblem& problem, const BackwardInstance& insta
     p.partial_stride = (problem.packed_k ? 1 : problem.batch) * problem.rows_k * problem.heads_kv;
   }
   const DType dtype = problem.query.dtype;
-  if (uses_query_pass(problem)) {
+  if (uses_query_pass(problem, instance)) {
     SINKATTN_RETURN_IF_ERROR(launch_query_pass(problem, instance, p, stream));
   }
-  if (uses_accumulator(problem)) p.dq_accumulator = floats(layout.dq_offset);
-  if (problem.dk.data != nullptr) {
+  if (uses_accumulator(problem, instance)) {
+    p.dq_accumulator = floats(layout.dq_offset);
+    if (problem.deterministic) p.dq_turns = reinterpret_cast<int*>(memory + layout.turns_offset);
+  }
+  if (problem.dk.data != nullptr || p.dq_accumulator != nullptr) {
     SINKATTN_RETURN_IF_ERROR(launch_key_pass(problem, instance, p, stream));
   }
   if (p.dq_accumulator != nullptr) {
@@ -272,9 +279,10 @@ Status plan_backward(const BackwardProblem& problem, const DeviceProperties& dev
                 problem.softcap != 0.0 ? "_softcap" : "");
   std::snprintf(plan->reason, sizeof(plan->reason),
                 "%s; blocks of %d keys, the query heads of a group in %d part(s)",
-                problem.dq.data == nullptr ? "no dq"
-                : uses_query_pass(problem) ? "dq in a pass of its own"
-                                           : "dq added to an fp32 accumulator",
+                problem.dq.data == nullptr            ? "no dq"
+                : uses_query_pass(problem, *instance) ? "dq in a pass of its own"
+                : problem.deterministic               ? "dq added to an fp32 accumulator in turn"
+                                                      : "dq added to an fp32 accumulator",
                 instance->key_pass_keys, plan->num_splits);
   return {};
 }
@@ -287,8 +295,10 @@ Status backward(const BackwardProblem& problem, const Plan& plan, const Executio
   const Workspace layout(problem, *instance, plan.num_splits);
   char* memory = static_cast<char*>(context.workspace);
   PrepareAccumulator accumulator;
-  if (uses_accumulator(problem)) {
-    accumulator = {reinterpret_cast<float*>(memory + layout.dq_offset), instance->dims.d};
+  if (uses_accumulator(problem, *instance)) {
+    int* turns =
+        problem.deterministic ? reinterpret_cast<int*>(memory + layout.turns_offset) : nullptr;
+    accumulator = {reinterpret_cast<float*>(memory + layout.dq_offset), turns, instance->dims.d};
   }
   SINKATTN_RETURN_IF_ERROR(launch_prepare(problem, memory, accumulator, stream));
   return launch_main(problem, *instance, plan.num_splits, layout, memory, stream);

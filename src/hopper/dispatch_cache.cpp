@@ -23,7 +23,8 @@ bool decode_can_serve(const ForwardProblem& p) {
 }
 
 bool decode_serves(const ForwardProblem& p) {
-  return decode_can_serve(p) && p.longest_q * p.group <= decode_rows;
+  return decode_can_serve(p) && p.longest_q <= decode_positions(p.head_dim) &&
+         p.longest_q * p.group <= decode_rows;
 }
 
 Status plan_decode(const ForwardProblem& p, const DeviceProperties& device, Plan* plan) {

@@ -2,6 +2,8 @@
 // The forward on Hopper: which kernel serves a problem, in which order, with how many splits.
 #include <algorithm>
 #include <cstdio>
+#include <limits>
+#include <numeric>
 
 #include "common/backend.h"
 #include "hopper/core/tensor_map.h"
@@ -30,8 +32,23 @@ ForwardUse use_of(const ForwardProblem& p) {
   return p.longest_k <= short_keys ? ForwardUse::short_keys : ForwardUse::general;
 }
 
+bool is_paged(const ForwardProblem& p) { return p.keys.page_table != nullptr; }
+
 const ForwardInstance* instance_for(const ForwardProblem& p) {
-  return find_forward(p.query.dtype, p.head_dim, p.head_dim_v, use_of(p));
+  return find_forward(p.query.dtype, p.head_dim, p.head_dim_v, use_of(p), is_paged(p));
+}
+
+/// Rows of the boxes that key blocks are put together from: each lies in one page and starts at an
+/// atom of eight rows of the stage.
+std::int64_t page_box_rows(const ForwardProblem& p, int tile_n) {
+  return std::gcd(p.keys.page_size, std::int64_t{tile_n});
+}
+
+/// The general kernel copies whole boxes: pages of a multiple of 8 slots, keys from slot 0 on. Ids
+/// have 32 bits there.
+bool takes_pages(const ForwardProblem& p) {
+  return p.keys.page_size % 8 == 0 && p.side_k.leftpad == nullptr && p.keys.num_pages > 0 &&
+         p.keys.num_pages <= std::numeric_limits<std::int32_t>::max();
 }
 
 /// Where things lie in the workspace.
@@ -61,7 +78,8 @@ int choose_splits(const ForwardProblem& p, const ForwardInstance& instance, int 
   const std::int64_t tiles = count_tiles(p, instance.tile_m);
   const std::int64_t blocks = ceil_div(p.longest_k, instance.tile_n);
   const bool enough = static_cast<double>(tiles) >= enough_tiles_per_sm * sms;
-  if (tiles == 0 || enough || !p.mask.is_full()) return 1;
+  const bool few_keys = p.mask.left >= 0 || p.mask.chunk > 0;
+  if (tiles == 0 || enough || few_keys) return 1;
   const std::int64_t wanted = std::min(sms / tiles, blocks / least_blocks_per_split);
   return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, most_splits));
 }
@@ -103,7 +121,8 @@ TileOrder make_order(const ForwardProblem& p, const ForwardInstance& instance, i
   const std::int64_t unit_bytes = 2 * p.rows_k * (p.head_dim + p.head_dim_v);
   const auto room = static_cast<std::int64_t>(section_of_l2 * static_cast<double>(l2_bytes));
   const std::int64_t fitting = unit_bytes > 0 ? room / unit_bytes : order.units;
-  order.section = static_cast<std::int32_t>(std::clamp<std::int64_t>(fitting, 1, order.units));
+  const std::int64_t most = std::clamp<std::int64_t>(fitting, 1, order.units);
+  order.sections = static_cast<std::int32_t>(ceil_div(order.units, most));
   return order;
 }
 
@@ -115,11 +134,21 @@ Status make_maps(const ForwardProblem& p, const ForwardInstance& instance, Forwa
   SINKATTN_RETURN_IF_ERROR(make_tensor_map(
       tensor_map_key(p.query, p.head_dim, p.rows_q, p.heads_q, batches_q, instance.tile_m),
       &a->query));
-  SINKATTN_RETURN_IF_ERROR(make_tensor_map(
-      tensor_map_key(key, p.head_dim, p.rows_k, p.heads_kv, batches_k, instance.tile_n), &a->key));
-  SINKATTN_RETURN_IF_ERROR(make_tensor_map(
-      tensor_map_key(value, p.head_dim_v, p.rows_k, p.heads_kv, batches_k, instance.tile_n),
-      &a->value));
+  TensorMapKey key_map =
+      tensor_map_key(key, p.head_dim, p.rows_k, p.heads_kv, batches_k, instance.tile_n);
+  TensorMapKey value_map =
+      tensor_map_key(value, p.head_dim_v, p.rows_k, p.heads_kv, batches_k, instance.tile_n);
+  if (is_paged(p)) {
+    a->page_box_rows = static_cast<std::int32_t>(page_box_rows(p, instance.tile_n));
+    for (TensorMapKey* map : {&key_map, &value_map}) {
+      map->ragged = false;
+      map->rows = p.keys.page_size;
+      map->batches = p.keys.num_pages;
+      map->box_rows = a->page_box_rows;
+    }
+  }
+  SINKATTN_RETURN_IF_ERROR(make_tensor_map(key_map, &a->key));
+  SINKATTN_RETURN_IF_ERROR(make_tensor_map(value_map, &a->value));
   constexpr int rows_of_a_warp = 16;
   return make_tensor_map(
       tensor_map_key(p.out, p.head_dim_v, p.rows_q, p.heads_q, batches_q, rows_of_a_warp), &a->out);
@@ -182,8 +211,10 @@ void direct_to_partials(const CombineProblem& merge, ForwardArguments* a) {
   a->partial_stride_row = merge.out_partial.stride_row;
 }
 
-/// Few query rows, and paged keys of any kind, are the decode kernel's.
-bool is_decode(const ForwardProblem& p) { return decode_serves(p) || p.keys.page_table != nullptr; }
+/// Few query rows, and pages that the general kernel cannot copy, are the decode kernel's.
+bool is_decode(const ForwardProblem& p) {
+  return decode_serves(p) || (is_paged(p) && !takes_pages(p));
+}
 
 bool is_empty(const ForwardProblem& p) { return p.batch == 0 || p.rows_q == 0 || p.heads_q == 0; }
 

@@ -8,7 +8,7 @@
 namespace sinkattn::hopper {
 
 /// Keys up to which a sequence is short: few key blocks per tile of query rows. Measured at 2048
-/// (short tile 536 against 512 TFLOPS) and 8192 (626 against 632, 698 against 723); the border lies
+/// (short tile 566 against 551 TFLOPS) and 8192 (663 against 686, 681 against 726); the border lies
 /// between, where exactly is not measured.
 inline constexpr int short_keys = 4096;
 
@@ -28,42 +28,49 @@ inline constexpr int least_blocks_per_split = 4;
 inline constexpr int most_splits = 128;
 
 /// ForwardTile<head_dim, head_dim_v, use>: key block, warpgroups of 64 rows, stages of the K and V
-/// rings, stages of the Q ring, turns, hidden part of the softmax. Measurements:
-/// docs/tuning-log.md, "forward tiles".
+/// rings, stages of the Q ring, turns. Measurements: docs/tuning-log.md, "forward tiles".
 template <int HeadDim, int HeadDimV, ForwardUse Use = ForwardUse::general>
 struct ForwardTile;
 
 template <>
 struct ForwardTile<64, 64> {
-  static constexpr ForwardShape shape{128, 3, 4, 2, true, Hidden::maximum};
+  static constexpr ForwardShape shape{128, 3, 4, 2, true};
 };
 template <>
 struct ForwardTile<64, 64, ForwardUse::window> {
-  static constexpr ForwardShape shape{64, 4, 6, 2, false, Hidden::maximum};
+  static constexpr ForwardShape shape{64, 4, 6, 2, false};
 };
 template <>
 struct ForwardTile<96, 96> {
-  static constexpr ForwardShape shape{96, 3, 3, 1, true, Hidden::nothing};
+  static constexpr ForwardShape shape{96, 3, 3, 1, true};
 };
 template <>
 struct ForwardTile<128, 128> {
-  static constexpr ForwardShape shape{80, 3, 3, 1, true, Hidden::nothing};
+  static constexpr ForwardShape shape{80, 3, 3, 1, true};
 };
 template <>
 struct ForwardTile<128, 128, ForwardUse::short_keys> {
-  static constexpr ForwardShape shape{128, 2, 2, 2, true, Hidden::maximum};
+  static constexpr ForwardShape shape{128, 2, 2, 2, true};
 };
 template <>
 struct ForwardTile<192, 128> {
-  static constexpr ForwardShape shape{80, 3, 2, 1, true, Hidden::nothing};
+  static constexpr ForwardShape shape{80, 3, 2, 1, true};
 };
 template <>
 struct ForwardTile<192, 192> {
-  static constexpr ForwardShape shape{112, 2, 2, 1, true, Hidden::nothing};
+  static constexpr ForwardShape shape{112, 2, 2, 1, true};
 };
 template <>
 struct ForwardTile<256, 256> {
-  static constexpr ForwardShape shape{80, 2, 2, 1, true, Hidden::nothing};
+  static constexpr ForwardShape shape{64, 2, 2, 1, true};
 };
+
+/// The same for paged keys. Of the tiles of head dim 128 the one of 128 keys, which pages of 64 and
+/// more fill in larger boxes: 4x2048 of 8192, pages of 64, 3.21 ms; with 80 keys 3.24.
+template <int HeadDim, int HeadDimV, ForwardUse Use = ForwardUse::general>
+struct PagedTile : ForwardTile<HeadDim, HeadDimV, Use> {};
+
+template <>
+struct PagedTile<128, 128> : ForwardTile<128, 128, ForwardUse::short_keys> {};
 
 }  // namespace sinkattn::hopper

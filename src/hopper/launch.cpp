@@ -49,9 +49,13 @@ Status launch_kernel(const void* kernel, const char* name, const LaunchShape& sh
                      cudaStream_t stream) {
   SINKATTN_RETURN_IF_ERROR(allow_shared_memory(kernel, name, shape.shared_bytes));
   void* arguments[] = {argument};
-  return cuda_status(cudaLaunchKernel(kernel, dim3(shape.grid), dim3(shape.block), arguments,
-                                      static_cast<std::size_t>(shape.shared_bytes), stream),
-                     name);
+  // Not cudaLaunchKernel, which takes 0.2 us longer to come to the same.
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.grid);
+  config.blockDim = dim3(shape.block);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
+  config.stream = stream;
+  return cuda_status(cudaLaunchKernelExC(&config, kernel, arguments), name);
 }
 
 }  // namespace sinkattn::hopper

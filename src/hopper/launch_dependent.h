@@ -13,6 +13,7 @@ namespace sinkattn::hopper {
 struct LaunchSize {
   int grid, threads;
   int shared_bytes = 0;
+  int grid_y = 1;
 };
 
 /// Once per kernel, device and thread: allows `shared_bytes` of shared memory, and asks for the
@@ -30,7 +31,7 @@ Status launch_dependent(const char* name, void (*kernel)(Arguments...), const La
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(size.grid));
+  config.gridDim = dim3(static_cast<unsigned>(size.grid), static_cast<unsigned>(size.grid_y));
   config.blockDim = dim3(static_cast<unsigned>(size.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(size.shared_bytes);
   config.stream = stream;

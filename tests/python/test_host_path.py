@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import sinkattn
 import torch
-from sinkattn import _execute, autograd, interface
+from sinkattn import _direct, _execute, autograd, interface
 from torch._subclasses import FakeTensorMode
 
 
@@ -19,8 +19,9 @@ def plain_inputs(gradient=False, dtype=torch.float32):
 
 @pytest.fixture
 def short_calls(monkeypatch):
-    """Counts the calls that reach the operator of plain calls."""
+    """Counts the calls that reach the operator of plain calls; the direct entry takes none."""
     calls = []
+    monkeypatch.setattr(_direct, "call", lambda *arguments: None)
 
     def count(name):
         real = getattr(autograd, name)
@@ -111,9 +112,11 @@ def test_errors_are_those_of_the_general_way(monkeypatch, change, gradient):
             sinkattn.flash_attn_func(**arguments)
         return caught.type, str(caught.value).splitlines()[0]
 
-    short = error()
+    direct = error()
+    monkeypatch.setattr(_direct, "call", lambda *arguments: None)
+    assert direct == error()
     monkeypatch.setattr(interface, "attend_dense", lambda *arguments: None)
-    assert short == error()
+    assert direct == error()
 
 
 @pytest.mark.parametrize("length", [1, 300])

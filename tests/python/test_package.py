@@ -66,7 +66,24 @@ def test_only_stable_torch_symbols(library):
 def test_hidden_symbols(library):
     offered = [s.name for s in audit.symbols(library) if s.defined]
     ours = {name for name in offered if "sinkattn" in name or name.startswith("cuda")}
-    assert ours == {"sinkattn_version", "sinkattn_built_with_cuda"}  # what build_info() asks
+    # What build_info() asks, and the table of the direct entry.
+    assert ours == {"sinkattn_version", "sinkattn_built_with_cuda", "sinkattn_direct"}
+
+
+def test_python_module():
+    """The module of the direct entry binds to Python's C functions alone, whatever the version."""
+    module = LIBRARY.with_name("_direct.abi3.so")
+    if not module.exists():
+        pytest.skip("built without Python.h")
+    assert {n for n in audit.needed(module) - SYSTEM_LIBRARIES if not LOADER.match(n)} == set()
+    assert audit.search_paths(module) == []
+    assert not audit.has_executable_stack(module)
+    foreign = audit.unstable_symbols(module)
+    assert "PyModule_Create2" in foreign
+    assert [name for name in foreign if not re.match(r"_?Py", name)] == []
+    offered = {s.name for s in audit.symbols(module) if s.defined}
+    assert offered - {"_init", "_fini"} == {"PyInit__direct"}
+    assert audit.version_floor(module, "GLIBC") <= audit.version_floor(LIBRARY, "GLIBC")
 
 
 def test_instruction_sets_stay_apart():
@@ -258,7 +275,8 @@ def test_wheel_size(wheel):
 
 
 def test_wheel_tag(wheel, library):
-    """One wheel for every Python; the platform is what the machine code really needs."""
+    """One wheel for every Python, since each works without the module that is for some of them;
+    the platform is what the machine code really needs."""
     python, abi, platform = wheel.stem.split("-")[-3:]
     assert (python, abi) == ("py3", "none")
     assert platform == audit.platform_tag(library)
@@ -268,6 +286,8 @@ def test_wheel_contents(wheel, has_kernels):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         shipped = archive.read("sinkattn/lib/libsinkattn_torch.so")
+        module = LIBRARY.with_name("_direct.abi3.so")
+        assert f"sinkattn/lib/{module.name}" in names or not module.exists()
         (bill,) = (json.loads(archive.read(n)) for n in names if n.endswith(".cdx.json"))
     for wanted in (
         "sinkattn/__init__.py",

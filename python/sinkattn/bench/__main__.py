@@ -31,6 +31,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--directions", default="fwd,bwd", help="fwd, bwd or fwd,bwd")
     parser.add_argument("--filter", default="", help="only cases whose label contains this text")
     parser.add_argument("--timing", choices=("eager", "graph"), help="override the cases' own mode")
+    parser.add_argument(
+        "--keep-l2", action="store_true", help="calls in a row instead of one behind an L2 flush"
+    )
     parser.add_argument("--baseline", help="provider of the ratios; default sdpa-cudnn or eager")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="path prefix for .csv, .json and .png")
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     torch.backends.cuda.matmul.allow_tf32 = False
     environment = Environment.measure(device)
-    timer = Timer(device, repeats=options.repeats)
+    timer = Timer(device, repeats=options.repeats, keep_l2=options.keep_l2)
     say(f"{environment.gpu}, copy {environment.copy_bytes_per_second / 1e9:.0f} GB/s")
     cases = [case for group in options.group for case in GROUPS[group]()]
     cases = [case for case in cases if options.filter in case.label]
@@ -85,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(rows, options.baseline))
     if options.out:
         write_csv(rows, options.out.with_suffix(".csv"))
-        write_environment(environment.as_dict(), options.out.with_suffix(".json"))
+        facts = environment.as_dict() | {"l2": "kept" if options.keep_l2 else "flushed"}
+        write_environment(facts, options.out.with_suffix(".json"))
         title = f"{environment.gpu}, {environment.date}, commit {environment.commit}"
         picture(rows, options.out.with_suffix(".png"), title)
         say(f"written: {options.out.with_suffix('.csv')}, .json, .png")

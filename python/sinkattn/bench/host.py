@@ -66,11 +66,11 @@ def layers(device: torch.device, batch: int) -> dict[str, Callable[[], object]]:
         "flash_attn_func, no grad": public(q, k, v, sink),
         "  the operator of plain calls": lambda: forward_dense_no_lse(q, k, v, sink, *plain[:4]),
         "flash_attn_func, grad": public(gq, gk, gv, gsink),
-        "  its autograd function": lambda: apply_eager(gq, gk, gv, gsink, plain),
+        "  the operator's autograd function": lambda: apply_eager(gq, gk, gv, gsink, plain),
         "with softcap, no grad (general path)": public(q, k, v, sink, softcap=30.0),
         "  the general operator": lambda: FORWARD(q, k, v, *options[:-1], sink),
         "with softcap, grad (general path)": public(gq, gk, gv, gsink, softcap=30.0),
-        "  its autograd function ": lambda: apply_eager(gq, gk, gv, gsink, options),
+        "  the general autograd function": lambda: apply_eager(gq, gk, gv, gsink, options),
         "torch: two empty tensors": lambda: (
             torch.empty_like(q),
             q.new_empty((batch, 4, 256), dtype=torch.float32),

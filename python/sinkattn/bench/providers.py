@@ -188,6 +188,37 @@ class SinkAttnPaged(Provider):
         return decode
 
 
+class SinkAttnAppend(Provider):
+    """This library with the query's own tokens appended in the same call, rotated by zero: all of
+    the work, and the result of the plain call."""
+
+    name = "sinkattn-append"
+
+    def version(self) -> str:
+        return importlib.import_module("sinkattn").__version__
+
+    def forward_function(self, case: Case, inputs: Inputs) -> Forward:
+        import sinkattn
+
+        if not case.decode:
+            raise UnsupportedError("decode only")
+        before = inputs.cache_seqlens - case.seqlen_q
+        batch = torch.arange(case.batch, device=before.device)[:, None]
+        slots = before[:, None] + torch.arange(case.seqlen_q, device=before.device)
+        new_k, new_v = inputs.key[batch, slots], inputs.value[batch, slots]
+        table = (case.seqlen_k, case.headdim // 2)
+        cos = torch.ones(table, dtype=inputs.query.dtype, device=before.device)
+        sin = torch.zeros_like(cos)
+
+        def decode(q, k, v, sink):
+            return sinkattn.flash_attn_with_kvcache(
+                q, k, v, new_k, new_v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=before,
+                causal=True, window_size=case.window_size, learnable_sink=sink,
+            )  # fmt: skip
+
+        return decode
+
+
 class Sdpa(Provider):
     """torch scaled_dot_product_attention with one backend; it has no sink."""
 
@@ -366,6 +397,7 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "sinkattn-deterministic": lambda: SinkAttn(deterministic=True),
     "sinkattn-page64": lambda: SinkAttnPaged(64),
     "sinkattn-page16": lambda: SinkAttnPaged(16),
+    "sinkattn-append": SinkAttnAppend,
     "sdpa-cudnn": lambda: Sdpa("cudnn"),
     "sdpa-flash": lambda: Sdpa("flash"),
     "sdpa-math": lambda: Sdpa("math"),
@@ -376,7 +408,7 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
 }
 DEFAULTS = {
     "cuda": (
-        *("sinkattn", "sinkattn-page64", "sinkattn-page16"),
+        *("sinkattn", "sinkattn-page64", "sinkattn-page16", "sinkattn-append"),
         *("sdpa-cudnn", "sdpa-flash", "flex+sink", "fa3", "fa4+sink"),
     ),
     "cpu": ("sinkattn", "eager", "sdpa-flash"),

@@ -11,18 +11,30 @@ from collections.abc import Callable
 import torch
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any Hopper GPU
+CALLS_IN_A_ROW = 20  # of a sample without a flush
 
 
 class Timer:
-    """Times a set of functions interleaved, so that drifting clocks hit all of them alike."""
+    """Times a set of functions interleaved, so that drifting clocks hit all of them alike.
 
-    def __init__(self, device: torch.device, warmups: int = 5, repeats: int = 20, seed: int = 0):
+    A sample on a GPU is one call behind a flush of the L2, or with `keep_l2` the mean of calls one
+    right behind the other, as a model's layers follow each other.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        warmups: int = 5,
+        repeats: int = 20,
+        seed: int = 0,
+        keep_l2: bool = False,
+    ):
         self.device = device
         self.warmups = warmups
         self.repeats = repeats
         self._random = random.Random(seed)
         self._flush = None
-        if device.type == "cuda":
+        if device.type == "cuda" and not keep_l2:
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def median_ms(self, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -45,12 +57,16 @@ class Timer:
             return (time.perf_counter() - start) * 1e3
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
+        calls = CALLS_IN_A_ROW
+        if self._flush is not None:
+            self._flush.zero_()
+            calls = 1
         begin.record()
-        function()
+        for _ in range(calls):
+            function()
         end.record()
         torch.cuda.synchronize(self.device)
-        return begin.elapsed_time(end)
+        return begin.elapsed_time(end) / calls
 
 
 def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:

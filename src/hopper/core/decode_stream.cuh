@@ -124,7 +124,8 @@ class KeyStream {
       // Of a slab that is only partly used, the rest is never read.
       if (slab_columns * slab + column >= TileOf::columns) continue;
       const bool valid = key_ + r < end_ && slab_columns * slab + column < head_dim;
-      ptx::copy_async_16(to + slab * TileOf::slab_bytes, row + slab * slab_row_bytes, valid);
+      ptx::copy_async_16_once(to + slab * TileOf::slab_bytes, row + slab * slab_row_bytes, valid,
+                              policy_);
     }
   }
 
@@ -133,6 +134,7 @@ class KeyStream {
   const std::int32_t* table_;
   const char* key_base_;
   const char* value_base_;
+  std::uint64_t policy_ = ptx::evict_first_policy();
   std::uint32_t ring_;
   int key_, end_, first_slot_;
   int page_ = 0, row_ = 0;

@@ -27,52 +27,58 @@ struct DecodePiece {
   int entry;         ///< of the row tile in the list of what is to be merged
 };
 
-/// One sequence as the kernel needs it; equal in all threads.
+/// One sequence as the kernel needs it; equal in all threads. Lengths, and the key tiles of a whole
+/// batch that is shared out, are below 2^30 (dispatch, decode.cpp).
 template <int RowTile, int TileKeys>
 struct DecodeSequence {
+  using Keys = BasicRange<int>;
+
   int rows;  ///< packed query rows: positions * group
   int length_q, length_k;
-  std::int64_t first_q;  ///< row of position 0 in the query tensor
-  int first_slot;        ///< slot of token 0
-  int key_tiles;         ///< of the keys that any row sees; at least 1
+  int first_q;     ///< row of position 0 in the query tensor
+  int first_slot;  ///< slot of token 0
 
   DecodeSequence() = default;
 
   __device__ DecodeSequence(const DecodeParams& p, int b) {
-    const SequenceInfo q = resolve_sequence(p.side_q, b);
-    const SequenceInfo k = resolve_sequence(p.side_k, b);
-    length_q = static_cast<int>(q.length);
-    length_k = static_cast<int>(k.length);
+    const auto q = resolve_sequence<int>(p.side_q, b);
+    const auto k = resolve_sequence<int>(p.side_k, b);
+    length_q = q.length;
+    length_k = k.length;
     first_q = q.first_row;
-    first_slot = static_cast<int>(k.first_row);
+    first_slot = k.first_row;
     rows = length_q * p.group;
-    key_tiles = tiles_of(keys_of(p, 0, rows - 1));
   }
 
   __device__ int row_tiles() const { return (rows + RowTile - 1) / RowTile; }
 
-  __device__ Range keys_of_row(const DecodeParams& p, int row) const {
+  __device__ Keys keys_of_row(const DecodeParams& p, int row) const {
     return visible_keys(p.mask, p.by_group.divide(row), length_q, length_k);
   }
 
   /// Keys that packed rows first to last see (both ends of the interval never decrease).
-  __device__ Range keys_of(const DecodeParams& p, int first, int last) const {
+  __device__ Keys keys_of(const DecodeParams& p, int first, int last) const {
     if (last < first) return {};
     return {keys_of_row(p, first).begin, keys_of_row(p, last).end};
   }
 
-  __device__ static int tiles_of(const Range& keys) {
-    return keys.empty() ? 1 : static_cast<int>((keys.size() + TileKeys - 1) / TileKeys);
-  }
-
-  __device__ Range keys_of_tile(const DecodeParams& p, int row_tile) const {
+  __device__ Keys keys_of_tile(const DecodeParams& p, int row_tile) const {
     const int first = row_tile * RowTile;
     return keys_of(p, first, min(first + RowTile, rows) - 1);
   }
 
+  __device__ static int tiles_of(const Keys& keys) {
+    return keys.empty() ? 1 : (keys.size() + TileKeys - 1) / TileKeys;
+  }
+
+  /// Key tiles of any row of the sequence; at least 1.
+  __device__ int key_tiles(const DecodeParams& p) const {
+    return tiles_of(keys_of(p, 0, rows - 1));
+  }
+
   /// Key tiles of all row tiles and KV heads: the sequence's share of the line.
-  __device__ std::int64_t line_length(const DecodeParams& p) const {
-    return static_cast<std::int64_t>(key_tiles) * row_tiles() * p.heads_kv;
+  __device__ int line_length(const DecodeParams& p, int tiles) const {
+    return tiles * row_tiles() * p.heads_kv;
   }
 };
 
@@ -112,24 +118,26 @@ class DecodeWork {
 
   /// By one thread at the end: the row tile that this block began and others continue, if any.
   __device__ void list_cut(const DecodeParams& p) const {
-    DecodeCut cut = {};
     if (p.splits > 0) {
-      if (piece.index != 0) return;
-      cut.pieces = piece.count;
-    } else if (part_begins_cut_) {
-      cut.pieces = piece.count;
+      if (piece.index == 0) p.cuts[piece.entry] = describe_cut();
+    } else if (!p.list_by_unit) {
+      p.cuts[blockIdx.x] = part_begins_cut_ ? describe_cut() : DecodeCut{};
     }
-    if (cut.pieces > 1) {
-      cut.first_q = sequence.first_q;
-      cut.b = piece.b;
-      cut.kv_head = piece.kv_head;
-      cut.first_row = piece.row_tile * RowTile;
-      cut.rows = min(RowTile, sequence.rows - cut.first_row);
-    }
-    p.cuts[p.splits > 0 ? piece.entry : static_cast<int>(blockIdx.x)] = cut;
   }
 
  private:
+  __device__ DecodeCut describe_cut() const {
+    DecodeCut cut = {};
+    cut.first_q = sequence.first_q;
+    cut.pieces = piece.count;
+    cut.entry = piece.entry;
+    cut.b = piece.b;
+    cut.kv_head = piece.kv_head;
+    cut.first_row = piece.row_tile * RowTile;
+    cut.rows = min(RowTile, sequence.rows - cut.first_row);
+    return cut;
+  }
+
   /// Heads vary fastest, so that blocks which run together read neighbouring heads of the same
   /// tokens. Where there are too few keys for p.splits pieces, the last blocks have nothing to do.
   __device__ bool take_static(const DecodeParams& p) {
@@ -145,7 +153,7 @@ class DecodeWork {
     piece.count = 0;
     sequence = Sequence(p, piece.b);
     if (piece.row_tile >= sequence.row_tiles()) return false;
-    const Range keys = sequence.keys_of_tile(p, piece.row_tile);
+    const auto keys = sequence.keys_of_tile(p, piece.row_tile);
     const int tiles = Sequence::tiles_of(keys);
     piece.count = min(p.splits, p.min_tiles > 1 ? max(1, tiles / p.min_tiles) : p.splits);
     if (piece.index >= piece.count) return false;
@@ -157,145 +165,155 @@ class DecodeWork {
     return true;
   }
 
-  __device__ void set_keys(const Range& keys, std::int64_t first_tile, std::int64_t end_tile) {
-    const std::int64_t begin = keys.begin + first_tile * TileKeys;
-    const std::int64_t end = keys.begin + end_tile * TileKeys;
-    piece.key_begin = static_cast<int>(min(begin, keys.end));
-    piece.key_end = max(static_cast<int>(min(end, keys.end)), piece.key_begin);
+  __device__ void set_keys(const BasicRange<int>& keys, int first_tile, int end_tile) {
+    piece.key_begin = min(keys.begin + first_tile * TileKeys, keys.end);
+    piece.key_end = max(min(keys.begin + end_tile * TileKeys, keys.end), piece.key_begin);
   }
 
   __device__ bool take_balanced(const DecodeParams& p) {
     if (left_ <= 0) return false;
     while (unit_ >= sequence.row_tiles() * p.heads_kv) {  // passes sequences without rows, too
-      line_ += sequence.line_length(p);
+      line_ += sequence.line_length(p, tiles_);
       if (++b_ >= p.batch) return false;
       sequence = Sequence(p, b_);
+      tiles_ = sequence.key_tiles(p);
       unit_ = 0;
     }
-    const int tiles = sequence.key_tiles;
-    const std::int64_t unit_begin = line_ + static_cast<std::int64_t>(unit_) * tiles;
-    const std::int64_t first = unit_begin / part_;
-    const std::int64_t last = (unit_begin + tiles - 1) / part_;
-    const int take = static_cast<int>(min(left_, static_cast<std::int64_t>(tiles - tile_)));
+    const int unit_begin = line_ + unit_ * tiles_;
+    const int first = unit_begin / part_;
+    const int last = (unit_begin + tiles_ - 1) / part_;
+    const int take = min(left_, tiles_ - tile_);
     piece.b = b_;
     piece.kv_head = unit_ % p.heads_kv;
     piece.row_tile = unit_ / p.heads_kv;
     set_keys(sequence.keys_of_tile(p, piece.row_tile), tile_, tile_ + take);
-    piece.index = static_cast<int>(blockIdx.x - first);
-    piece.count = static_cast<int>(last - first + 1);
-    piece.entry = static_cast<int>(first);
+    piece.index = static_cast<int>(blockIdx.x) - first;
+    piece.count = last - first + 1;
+    piece.entry = first;
     part_begins_cut_ = piece.index == 0 && piece.count > 1;
+    if (p.list_by_unit && piece.index == 0) {
+      p.cuts[(b_ * p.row_tiles + piece.row_tile) * p.heads_kv + piece.kv_head] = describe_cut();
+    }
     left_ -= take;
     tile_ = 0;
     ++unit_;
     return true;
   }
 
-  /// Sum over the block, in every thread; `before` becomes the sum of earlier threads.
-  __device__ std::int64_t scan(std::int64_t value, std::int64_t* before) {
+  /// What the threads of the block have measured, together.
+  struct Totals {
+    int sum, before;  ///< before: the sum of earlier threads
+    int longest, shortest;
+  };
+
+  __device__ Totals total(int value, int longest, int shortest) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    std::int64_t sum = value;
+    int sum = value;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const std::int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
+      const int other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
-    __syncthreads();  // the previous use of sums_ is over
-    if (lane == 31) sums_[warp] = sum;
+    longest = __reduce_max_sync(0xffffffffu, longest);
+    shortest = __reduce_min_sync(0xffffffffu, shortest);
+    __syncthreads();  // the previous use of the arrays is over
+    if (lane == 31) {
+      sums_[warp] = sum;
+      longest_[warp] = longest;
+      shortest_[warp] = shortest;
+    }
     __syncthreads();
-    std::int64_t total = 0;
-    *before = sum - value;
+    Totals totals = {0, sum - value, 1, 1 << 30};
 #pragma unroll
     for (int w = 0; w < Warps; ++w) {
-      if (w < warp) *before += sums_[w];
-      total += sums_[w];
+      if (w < warp) totals.before += sums_[w];
+      totals.sum += sums_[w];
+      totals.longest = max(totals.longest, longest_[w]);
+      totals.shortest = min(totals.shortest, shortest_[w]);
     }
-    return total;
+    return totals;
   }
 
-  __device__ int block_max(int value) {
-    value = __reduce_max_sync(0xffffffffu, value);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) sums_[threadIdx.x / 32] = value;
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < Warps; ++w) value = max(value, static_cast<int>(sums_[w]));
-    return value;
-  }
+  /// One sequence per thread, from `base` on.
+  struct Candidate {
+    Sequence sequence;
+    int b, tiles = 0;
+    int length = 0;
+
+    __device__ Candidate(const DecodeParams& p, int base)
+        : b(base + static_cast<int>(threadIdx.x)) {
+      if (b >= p.batch) return;
+      sequence = Sequence(p, b);
+      tiles = sequence.key_tiles(p);
+      length = sequence.line_length(p, tiles);
+    }
+  };
 
   /// Length of the line, length of a part, and the sequence in which this block's part begins.
   /// Every block finds the same numbers from the same lengths; nothing is exchanged.
   __device__ void find_part(const DecodeParams& p) {
-    std::int64_t total = 0;
-    std::int64_t before = 0;
-    int longest = 1;
-    int shortest = 1 << 30;
-    for (int base = 0; base < p.batch; base += threads) {
-      const int b = base + static_cast<int>(threadIdx.x);
-      std::int64_t mine = 0;
-      if (b < p.batch) {
-        const Sequence candidate(p, b);
-        mine = candidate.line_length(p);
-        longest = max(longest, candidate.key_tiles);
-        shortest = min(shortest, candidate.key_tiles);
-      }
-      total += scan(mine, &before);
+    Candidate candidate(p, 0);
+    Totals totals =
+        total(candidate.length, candidate.tiles, candidate.tiles > 0 ? candidate.tiles : 1 << 30);
+    int sum = totals.sum;
+    int longest = totals.longest;
+    int shortest = totals.shortest;
+    for (int base = threads; base < p.batch; base += threads) {
+      const Candidate next(p, base);
+      const Totals more = total(next.length, next.tiles, next.tiles > 0 ? next.tiles : 1 << 30);
+      sum += more.sum;
+      longest = max(longest, more.longest);
+      shortest = min(shortest, more.shortest);
     }
-    longest = block_max(longest);
-    shortest = -block_max(-shortest);
-    std::int64_t part = (total + gridDim.x - 1) / gridDim.x;
-    part = max(part, static_cast<std::int64_t>(p.min_tiles));
-    part = max(part, static_cast<std::int64_t>(longest / (decode_max_pieces - 2) + 1));
+    int part = (sum + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    part = max(part, p.min_tiles);
+    part = max(part, longest / (decode_max_pieces - 2) + 1);
     if (shortest == longest) part = whole_pieces(part, longest);
-    const std::int64_t start = part * blockIdx.x;
+    const int start = part * static_cast<int>(blockIdx.x);
     if (threadIdx.x == 0) {
       part_ = part;
-      left_ = min(part, total - start);
+      left_ = min(part, sum - start);
     }
-    if (start < total) find_sequence(p, start);
+    int line = 0;
+    for (int base = 0; start < sum; base += threads) {
+      if (base > 0) {
+        candidate = Candidate(p, base);
+        totals = total(candidate.length, 1, 1);
+      }
+      if (start < line + totals.sum) {  // the same in all threads
+        begin_at(candidate, line + totals.before, start);
+        break;
+      }
+      line += totals.sum;
+    }
+  }
+
+  /// By all threads; the one whose sequence contains `start` sets the block's position.
+  __device__ void begin_at(const Candidate& candidate, int line, int start) {
+    if (start < line || start >= line + candidate.length) return;
+    sequence = candidate.sequence;
+    tiles_ = candidate.tiles;
+    b_ = candidate.b;
+    line_ = line;
+    unit_ = (start - line) / tiles_;
+    tile_ = (start - line) - unit_ * tiles_;
   }
 
   /// Equal sequences: a part of whole row tiles, or an equal piece of one, where that is at most
   /// 1/16 longer. Fewer pieces are worth more than the last few per cent of balance.
-  __device__ static std::int64_t whole_pieces(std::int64_t part, int tiles) {
-    const std::int64_t rounded = part >= tiles ? (part + tiles - 1) / tiles * tiles
-                                               : (tiles + tiles / part - 1) / (tiles / part);
+  __device__ static int whole_pieces(int part, int tiles) {
+    const int rounded = part >= tiles ? (part + tiles - 1) / tiles * tiles
+                                      : (tiles + tiles / part - 1) / (tiles / part);
     return rounded <= part + part / 16 ? rounded : part;
   }
 
-  __device__ void find_sequence(const DecodeParams& p, std::int64_t start) {
-    std::int64_t line = 0;
-    for (int base = 0; base < p.batch; base += threads) {
-      const int b = base + static_cast<int>(threadIdx.x);
-      Sequence candidate;
-      std::int64_t mine = 0;
-      if (b < p.batch) {
-        candidate = Sequence(p, b);
-        mine = candidate.line_length(p);
-      }
-      std::int64_t before;
-      const std::int64_t sum = scan(mine, &before);
-      if (start < line + sum) {  // the same in all threads
-        before += line;
-        if (before <= start && start < before + mine) {
-          sequence = candidate;
-          b_ = b;
-          line_ = before;
-          unit_ = static_cast<int>((start - before) / candidate.key_tiles);
-          tile_ = static_cast<int>((start - before) % candidate.key_tiles);
-        }
-        return;
-      }
-      line += sum;
-    }
-  }
-
-  std::int64_t left_;  ///< key tiles of this block's part that are not taken; static: 0, then -1
-  std::int64_t line_;  ///< key tiles before sequence b_
-  std::int64_t part_;  ///< key tiles of a block
-  std::int64_t sums_[Warps];
-  int b_, unit_, tile_;
+  int left_;  ///< key tiles of this block's part that are not taken; static: 0, then -1
+  int line_;  ///< key tiles before sequence b_
+  int part_;  ///< key tiles of a block
+  int sums_[Warps];
+  int longest_[Warps], shortest_[Warps];
+  int b_, unit_, tile_, tiles_;
   bool more_;
   bool part_begins_cut_;
 };

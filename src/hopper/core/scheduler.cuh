@@ -77,10 +77,10 @@ class TileScheduler {
 
   __device__ bool locate_dense(int tile, TileIndex* index) const {
     const int per_unit = order_.group * order_.splits;
-    const int section = tile / (order_.section * per_unit * order_.levels);
-    const int first = section * order_.section;
-    if (first >= order_.units) return false;
-    const int units = min(order_.section, order_.units - first);
+    const int section = order_.section_of(tile / (per_unit * order_.levels));
+    if (section >= order_.sections) return false;
+    const int first = order_.first_unit(section);
+    const int units = order_.first_unit(section + 1) - first;
     int rest = tile - first * per_unit * order_.levels;
     const int per_level = units * per_unit;
     const int level = rest / per_level;
@@ -102,8 +102,7 @@ class TileScheduler {
     while (tile - at.start >= at.count * section_tiles(at)) {
       at.start += at.count * section_tiles(at);
       if (at.level == 0) {
-        at.section += order_.section;
-        if (at.section >= order_.units) return false;
+        if (++at.section == order_.sections) return false;
         at.level = at.levels;
       }
       lower_level(at);
@@ -111,7 +110,7 @@ class TileScheduler {
     const int rest = (tile - at.start) % section_tiles(at);
     index->sequence = nth_sequence(at, (tile - at.start) / section_tiles(at));
     index->level = at.level;
-    index->head = at.section * order_.group + rest / order_.splits;
+    index->head = order_.first_unit(at.section) * order_.group + rest / order_.splits;
     index->split = rest % order_.splits;
     save(at);
     return true;
@@ -124,7 +123,8 @@ class TileScheduler {
 
   /// Tiles of one sequence on one level of the section.
   __device__ int section_tiles(const PackedCursor& at) const {
-    return min(order_.section, order_.units - at.section) * order_.group * order_.splits;
+    const int units = order_.first_unit(at.section + 1) - order_.first_unit(at.section);
+    return units * order_.group * order_.splits;
   }
 
   /// Goes to the next lower level and counts the sequences that reach it.

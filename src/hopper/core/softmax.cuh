@@ -68,11 +68,11 @@ struct OnlineSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
 
-  /// Takes in the maxima of a block; returns what earlier results are to be multiplied by. `limit`
-  /// is in raw units.
+  /// Takes in the maxima of a block; returns what earlier results are to be multiplied by. A row's
+  /// reference follows if its maximum has grown by more than the row's limit, in raw units.
   template <int Registers>
-  __device__ inline void take_maximum(const float (&s)[Registers], float scale_log2, float limit,
-                                      float (&rescale)[2]) {
+  __device__ inline void take_maximum(const float (&s)[Registers], float scale_log2,
+                                      const float (&limit)[2], float (&rescale)[2]) {
     // Two chains per row hide the latency of max.
     float top[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
 #pragma unroll
@@ -82,7 +82,7 @@ struct OnlineSoftmax {
       const float previous = maximum[r];
       const float now = quad_max(fmaxf(top[r][0], top[r][1]));
       // From -inf the growth is infinite; -inf to -inf (NaN) is none.
-      if (now - previous > limit) maximum[r] = now;
+      if (now - previous > limit[r]) maximum[r] = now;
       rescale[r] = ptx::exp2_approx((previous - subtrahend(r)) * scale_log2);
       if (maximum[r] == previous) rescale[r] = 1.0f;
       sum[r] *= rescale[r];
@@ -103,10 +103,35 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) sum[r] += partial[r][0] + partial[r][1];
   }
 
-  /// Keeps a later wgmma wait below the exponentials: a branch on the sums, which are never
-  /// negative, is what ptxas does not move it across.
-  __device__ inline void hold_wait_below() const {
-    if (sum[0] + sum[1] < 0.0f) __trap();
+  /// Scores -> packed probabilities relative to the references as they stand, without a look at
+  /// the maxima: a sum of this thread beyond `most` says afterwards that a reference was too low.
+  /// The scores stay. True if the sums of all rows of the warp were taken. Otherwise none was, and
+  /// `limit` is what take_maximum() needs: 0 for a row that must move, infinity for its neighbours.
+  template <class T, int Registers, int Steps>
+  __device__ inline bool keep_reference(const float (&s)[Registers], float scale_log2, float most,
+                                        std::uint32_t (&p)[Steps][4], float (&limit)[2]) {
+    // +inf for a row without a key so far: its exponentials are inf or NaN.
+    const float offset[2] = {-maximum[0] * scale_log2, -maximum[1] * scale_log2};
+    float partial[2][2] = {};
+#pragma unroll
+    for (int i = 0; i < Registers; i += 2) {
+      const int r = row_of(i);
+      const float even = ptx::exp2_approx(fmaf(s[i], scale_log2, offset[r]));
+      const float odd = ptx::exp2_approx(fmaf(s[i + 1], scale_log2, offset[r]));
+      partial[r][0] += even;
+      partial[r][1] += odd;
+      p[i / 8][i % 8 / 2] = ptx::pack<T>(even, odd);
+    }
+    const float block[2] = {partial[0][0] + partial[0][1], partial[1][0] + partial[1][1]};
+    const bool kept[2] = {block[0] <= most, block[1] <= most};  // false for NaN
+    if (__all_sync(0xffffffffu, kept[0] && kept[1])) {
+      sum[0] += block[0];
+      sum[1] += block[1];
+      return true;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) limit[r] = quad_max(kept[r] ? 0.0f : 1.0f) > 0 ? 0.0f : INFINITY;
+    return false;
   }
 
   /// The reference, or 0 while a row has seen no key: then every exponential is 0, not NaN.

@@ -46,13 +46,15 @@ Status encode(const TensorMapKey& key, CUtensorMap* map) {
     return extent > 1 ? static_cast<cuuint64_t>(elements) * element : cuuint64_t{16};
   };
   const cuuint64_t row_stride = stride(key.stride_row, key.rows);
-  const cuuint64_t sizes[5] = {size(key.columns), size(key.rows), size(key.rows) + 1,
-                               size(key.heads), size(key.batches)};
+  const cuuint64_t offsets = key.ragged ? size(key.rows) + 1 : 1;
+  const cuuint64_t sizes[5] = {size(key.columns), size(key.rows), offsets, size(key.heads),
+                               size(key.batches)};
   const cuuint64_t strides[4] = {row_stride, row_stride, stride(key.stride_head, key.heads),
                                  stride(key.stride_batch, key.batches)};
   const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(key.box_rows), 1, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const auto base = reinterpret_cast<std::uintptr_t>(key.data) - size(key.rows) * row_stride;
+  const auto data = reinterpret_cast<std::uintptr_t>(key.data);
+  const auto base = key.ragged ? data - size(key.rows) * row_stride : data;
   const CUtensorMapDataType type = key.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult error =

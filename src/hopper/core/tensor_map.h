@@ -29,6 +29,7 @@ struct TensorMapKey {
   std::int32_t box_rows = 0;  ///< rows of a box, 1 to 256; its columns are always 64
   std::int64_t columns = 0, rows = 0, heads = 0, batches = 0;
   std::int64_t stride_row = 0, stride_head = 0, stride_batch = 0;  ///< elements
+  bool ragged = true;  ///< false: row r is coordinate r, and offset is 0; nothing clips
 
   friend bool operator==(const TensorMapKey&, const TensorMapKey&) = default;
 };

@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper/instances/backward_instance.cuh"
 
-SINKATTN_BACKWARD_INSTANCE(KeyPass, 64, 64)
+SINKATTN_BACKWARD_INSTANCE(NarrowKeyPass, 64, 64)

@@ -58,17 +58,19 @@ Status launch_query_pass(const BackwardArguments& p, DType dtype, unsigned grid,
 
 }  // namespace sinkattn::hopper
 
-/// Defines the BackwardInstance of a pair of head dims; `Pass_` is KeyPass or WideKeyPass.
-#define SINKATTN_BACKWARD_INSTANCE(Pass_, D, DV)                              \
-  namespace sinkattn::hopper {                                                \
-  namespace {                                                                 \
-  template <class T, bool Softcap>                                            \
-  using Keys = Pass_<T, D, DV, Softcap>;                                      \
-  }                                                                           \
-  const BackwardInstance backward_##D##_##DV = {{D, DV},                      \
-                                                Keys<__half, false>::keys,    \
-                                                D > 64 && D <= 128,           \
-                                                QueryPassTuning<D, DV>::keys, \
-                                                launch_key_pass<Keys>,        \
-                                                launch_query_pass<D, DV>};    \
+/// Defines the BackwardInstance of a pair of head dims; `Pass_` is KeyPass, NarrowKeyPass,
+/// JointKeyPass or WideKeyPass.
+#define SINKATTN_BACKWARD_INSTANCE(Pass_, D, DV)                                      \
+  namespace sinkattn::hopper {                                                        \
+  namespace {                                                                         \
+  template <class T, bool Softcap>                                                    \
+  using Keys = Pass_<T, D, DV, Softcap>;                                              \
+  }                                                                                   \
+  const BackwardInstance backward_##D##_##DV = {{D, DV},                              \
+                                                Keys<__half, false>::keys,            \
+                                                D > 64 && D <= 128,                   \
+                                                Keys<__half, false>::third_adds_keys, \
+                                                QueryPassTuning<D, DV>::keys,         \
+                                                launch_key_pass<Keys>,                \
+                                                launch_query_pass<D, DV>};            \
   }

@@ -11,9 +11,12 @@ namespace sinkattn::hopper {
 
 inline constexpr int max_shared_bytes = 232448;  // per block, compute capability 9.0
 
-template <class T, int HeadDim, int HeadDimV, ForwardUse Use = ForwardUse::general>
+template <class T, int HeadDim, int HeadDimV, ForwardUse Use = ForwardUse::general,
+          bool Paged = false>
 ForwardInstance forward_instance(const char* name) {
-  using Config = ForwardConfig<T, HeadDim, HeadDimV, ForwardTile<HeadDim, HeadDimV, Use>::shape>;
+  using Tiles = std::conditional_t<Paged, PagedTile<HeadDim, HeadDimV, Use>,
+                                   ForwardTile<HeadDim, HeadDimV, Use>>;
+  using Config = ForwardConfig<T, HeadDim, HeadDimV, Tiles::shape, Paged>;
   static_assert(sizeof(ForwardSmem<Config>) <= max_shared_bytes);
   constexpr DType dtype = std::is_same_v<T, __half> ? DType::float16 : DType::bfloat16;
   return {name,
@@ -21,6 +24,7 @@ ForwardInstance forward_instance(const char* name) {
           HeadDim,
           HeadDimV,
           Use,
+          Paged,
           Config::tile_m,
           Config::tile_n,
           Config::threads,

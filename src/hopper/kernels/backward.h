@@ -22,6 +22,7 @@ struct BackwardArguments {
   const float* lse2;  ///< prepare's statistics, see PrepareLayout
   const float* softmax_d;
   float* dq_accumulator;  ///< (b, h, rows, d) fp32 in tiles of 64 rows, fragment order; or null
+  int* dq_turns;          ///< deterministic: per tile of the accumulator, key tiles added; or null
   float* dk_partial;      ///< (splits, b, rows_k, hk, d) fp32 where a group is split; or null
   float* dv_partial;
   SequenceSide side_q, side_k;

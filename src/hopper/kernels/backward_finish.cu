@@ -6,6 +6,7 @@
 #include "hopper/core/backward_work.cuh"
 #include "hopper/device.h"
 #include "hopper/ptx/math.cuh"
+#include "hopper/ptx/matrix.cuh"
 
 namespace sinkattn::hopper {
 namespace {
@@ -14,7 +15,8 @@ constexpr int block_threads = 128;
 constexpr int tile_rows = backward_tile_queries;
 
 /// One tile of 64 rows. The accumulator is in fragment order: vector j of thread t holds columns
-/// 8 j + 2 (t % 4), + 1 of rows g and g + 8 with g = t / 32 * 16 + t % 32 / 4.
+/// 8 j + 2 (t % 4), + 1 of rows g and g + 8 with g = t / 32 * 16 + t % 32 / 4. At 64 columns it is
+/// the fragment of the transposed tile (backward_keys_narrow.cuh).
 template <class T, int Columns>
 __global__ void __launch_bounds__(block_threads)
     finish_queries_kernel(const __grid_constant__ BackwardArguments p, int tiles) {
@@ -35,11 +37,19 @@ __global__ void __launch_bounds__(block_threads)
 #pragma unroll
   for (int j = 0; j < Columns / 8; ++j) {
     const float4 x = __ldcs(from + j * block_threads + thread);
-    char* to = staged + row * row_bytes + 16 * j + 4 * (thread % 4);
-    *reinterpret_cast<std::uint32_t*>(to) =
-        ptx::pack<T>(x.x * p.softmax_scale, x.y * p.softmax_scale);
-    *reinterpret_cast<std::uint32_t*>(to + 8 * row_bytes) =
-        ptx::pack<T>(x.z * p.softmax_scale, x.w * p.softmax_scale);
+    std::uint32_t low = ptx::pack<T>(x.x * p.softmax_scale, x.y * p.softmax_scale);
+    std::uint32_t high = ptx::pack<T>(x.z * p.softmax_scale, x.w * p.softmax_scale);
+    if constexpr (Columns == 64) {
+      low = ptx::transpose_matrix(low);
+      high = ptx::transpose_matrix(high);
+      char* to = staged + (8 * j + thread % 32 / 4) * row_bytes + thread / 32 * 32 + thread % 4 * 4;
+      *reinterpret_cast<std::uint32_t*>(to) = low;
+      *reinterpret_cast<std::uint32_t*>(to + 16) = high;
+    } else {
+      char* to = staged + row * row_bytes + 16 * j + 4 * (thread % 4);
+      *reinterpret_cast<std::uint32_t*>(to) = low;
+      *reinterpret_cast<std::uint32_t*>(to + 8 * row_bytes) = high;
+    }
   }
   __syncthreads();
   const int vectors = p.head_dim / 8;

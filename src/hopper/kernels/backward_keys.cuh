@@ -10,7 +10,8 @@
 // warpgroups drift apart until one's exponentials run under the other's matrix products.
 //
 // Here: shared memory, barriers, and the roles that copy and that form dQ. The main
-// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh.
+// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh;
+// head dim 64 is in backward_keys_narrow.cuh.
 #pragma once
 
 #include "hopper/backward_tuning.h"
@@ -36,11 +37,13 @@ struct KeyPass {
   static constexpr bool softcap = Softcap_;
   static constexpr int queries = backward_tile_queries, keys = 128, warpgroup_keys = 64;
   static constexpr int stages = Tuning::stages;
-  // With softcap there are too many values per score to have S of the next tile as well.
-  static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
   static constexpr bool query_group = true;      ///< a warpgroup of its own for dQ
   static constexpr bool heads_together = false;  ///< see QueryWalk
   static constexpr int threads = 512, first_main_group = 2;
+  static constexpr bool third_adds_keys = false;
+  static constexpr bool descending = false;
+  static constexpr int releasing_warps = 8;  ///< of a stage
+  static constexpr int gradient_slots = 0;
   using KeyTile = Tile<keys, d>;
   using ValueTile = Tile<keys, dv>;
   using QueryTile = Tile<queries, d>;
@@ -68,13 +71,14 @@ struct KeyPassSmem {
   static constexpr int dout = query + C::stages * C::QueryTile::bytes;
   static constexpr int score = dout + C::stages * C::DoutTile::bytes;
   static constexpr int probability = score + C::stages * C::ScoreTile::bytes;
-  static constexpr int lse2 = probability + C::stages * C::probability_bytes;
+  static constexpr int gradient = probability + C::stages * C::probability_bytes;
+  static constexpr int lse2 = gradient + C::gradient_slots * C::queries * C::d * 4;
   static constexpr int softmax_d = lse2 + C::stages * C::queries * 4;
   static constexpr int intervals = softmax_d + C::stages * C::queries * 4;
   static constexpr int facts = intervals + C::keys * 8;
   static constexpr int rows = facts + 64;
   static constexpr int barriers = rows + 8 * row_slots;
-  static constexpr int bytes = barriers + 8 * (1 + 5 * C::stages);
+  static constexpr int bytes = barriers + 8 * (1 + 5 * C::stages + 2 * C::gradient_slots);
   static constexpr int alignment = 1024;
   static constexpr int allocated = bytes + alignment;  ///< dynamic memory is aligned by hand
   static_assert(query % 1024 == 0 && dout % 1024 == 0 && score % 1024 == 0);
@@ -85,12 +89,14 @@ struct KeyPassSmem {
 /// Barriers, by what their completion means.
 template <class C>
 struct KeyPassBarriers {
-  std::uint64_t* keys_full;    ///< K, V loaded: producer's expect_tx -> mains, dQ group
-  std::uint64_t* query_full;   ///< [stage] Q, LSE2 loaded -> mains
-  std::uint64_t* dout_full;    ///< [stage] dO, D' loaded -> mains
-  std::uint64_t* stage_empty;  ///< [stage] all readers are done with Q and dO -> producer
-  std::uint64_t* score_full;   ///< [stage] the 8 main warps wrote dS -> dQ group
-  std::uint64_t* score_empty;  ///< [stage] the warps of dQ have read dS -> mains
+  std::uint64_t* keys_full;       ///< K, V loaded: producer's expect_tx -> mains, dQ group
+  std::uint64_t* query_full;      ///< [stage] Q, LSE2 loaded -> mains
+  std::uint64_t* dout_full;       ///< [stage] dO, D' loaded -> mains
+  std::uint64_t* stage_empty;     ///< [stage] all readers are done with Q and dO -> producer
+  std::uint64_t* score_full;      ///< [stage] the 8 main warps wrote dS -> dQ group
+  std::uint64_t* score_empty;     ///< [stage] the warps of dQ have read dS -> mains
+  std::uint64_t* gradient_full;   ///< [slot] the 4 product warps wrote dQ -> writers
+  std::uint64_t* gradient_empty;  ///< [slot] the copy engine has read dQ -> product warpgroup
 
   __device__ explicit KeyPassBarriers(char* smem) {
     keys_full = reinterpret_cast<std::uint64_t*>(smem + KeyPassSmem<C>::barriers);
@@ -99,6 +105,8 @@ struct KeyPassBarriers {
     stage_empty = dout_full + C::stages;
     score_full = stage_empty + C::stages;
     score_empty = score_full + C::stages;
+    gradient_full = score_empty + C::stages;
+    gradient_empty = gradient_full + C::gradient_slots;
   }
 
   __device__ void init() const {
@@ -106,9 +114,13 @@ struct KeyPassBarriers {
     for (int i = 0; i < C::stages; ++i) {
       ptx::mbarrier_init(query_full + i, 1);
       ptx::mbarrier_init(dout_full + i, 1);
-      ptx::mbarrier_init(stage_empty + i, 8);
+      ptx::mbarrier_init(stage_empty + i, C::releasing_warps);
       ptx::mbarrier_init(score_full + i, 8);
       ptx::mbarrier_init(score_empty + i, C::query_group ? 4 : 8);
+    }
+    for (int i = 0; i < C::gradient_slots; ++i) {
+      ptx::mbarrier_init(gradient_full + i, 4);
+      ptx::mbarrier_init(gradient_empty + i, 1);
     }
     ptx::mbarrier_init_fence();
   }
@@ -157,18 +169,19 @@ struct KeyPassWork {
 /// What the main warpgroups need of the block, in shared memory: computing it takes more registers
 /// than they have.
 struct alignas(16) BlockFacts {
-  TileRange tiles;  ///< query tiles of each head
-  TileRange full;   ///< of them, those that need no mask
-  int heads, step;  ///< step: 1 or -1, where the heads of a tile come together
-  int iterations;   ///< tiles of all heads
+  TileRange tiles;   ///< query tiles of each head
+  TileRange full;    ///< of them, those that need no mask
+  TileRange before;  ///< query tiles that meet the keys of the block before
+  int heads, step;   ///< step: 1 or -1, where the heads of a tile come together
+  int iterations;    ///< tiles of all heads
 };
 static_assert(sizeof(BlockFacts) <= 64);
 
-/// Walks over query heads and tiles in the order that all roles share: by default the tiles of one
-/// head after the other, upwards. `HeadsTogether`: all heads of a tile in turn, with the tiles in
-/// the direction of KeyPassPlace::ascending, and each block from another head on, which keeps their
-/// additions to dQ apart.
-template <bool HeadsTogether>
+/// Walks over query heads and tiles in the order that all roles share: the tiles of one head after
+/// the other, upwards or downwards. `heads_together`: all heads of a tile in turn, with the tiles
+/// in the direction of KeyPassPlace::ascending, and each block from another head on, which keeps
+/// their additions to dQ apart.
+template <class C>
 struct QueryWalk {
   TileRange tiles;
   int first_head, heads, turn = 0;  ///< turn: heads of this tile that are done
@@ -181,21 +194,22 @@ struct QueryWalk {
         first_head(work.first_head),
         heads(work.heads),
         head(work.first_head),
-        tile(work.tiles.begin),
-        step(1),
         head_step(static_cast<std::uint32_t>(p.statistic_rows)) {
-    if constexpr (HeadsTogether) {
+    bool upwards = !C::descending;
+    if constexpr (C::heads_together) {
       head += work.place.tile % heads;
-      step = work.place.ascending ? 1 : -1;
-      if (step < 0) tile = tiles.end - 1;
+      upwards = work.place.ascending;
     } else {
-      head_step -= (tiles.end - 1 - tiles.begin) * backward_tile_queries;
+      const int others = (tiles.end - 1 - tiles.begin) * backward_tile_queries;
+      head_step += C::descending ? others : -others;
     }
+    step = upwards ? 1 : -1;
+    tile = upwards ? tiles.begin : tiles.end - 1;
     row = work.sequence.statistics(p, head) + tile * backward_tile_queries;
   }
 
   __device__ void advance() {
-    if constexpr (HeadsTogether) {
+    if constexpr (C::heads_together) {
       row += head_step;
       if (++head == first_head + heads) {
         head = first_head;
@@ -206,11 +220,12 @@ struct QueryWalk {
       tile += step;
       row += step * backward_tile_queries;
     } else {
-      if (++tile < tiles.end) {
-        row += backward_tile_queries;
+      tile += C::descending ? -1 : 1;
+      if (C::descending ? tile >= tiles.begin : tile < tiles.end) {
+        row += C::descending ? -backward_tile_queries : backward_tile_queries;
         return;
       }
-      tile = tiles.begin;
+      tile = C::descending ? tiles.end - 1 : tiles.begin;
       row += head_step;
       ++head;
     }
@@ -263,7 +278,7 @@ struct KeyPassProducer {
   const KeyPassBarriers<C>& barriers;
   char* smem;
   TileSource query, dout;
-  QueryWalk<C::heads_together> walk;
+  QueryWalk<C> walk;
   RingPosition<C::stages> ring;
   int left;  ///< tiles to load
 

@@ -5,6 +5,7 @@
 #include "hopper/kernels/backward_keys.cuh"
 #include "hopper/kernels/backward_keys_joint.cuh"
 #include "hopper/kernels/backward_keys_main.cuh"
+#include "hopper/kernels/backward_keys_narrow.cuh"
 #include "hopper/kernels/backward_keys_wide.cuh"
 
 namespace sinkattn::hopper {
@@ -26,6 +27,9 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
     facts->step = work.place.ascending ? 1 : -1;
     facts->heads = work.heads;
     facts->iterations = work.iterations;
+    facts->before =
+        query_tiles(p.mask, max(work.place.first_key - C::keys, 0), work.place.first_key,
+                    sequence.queries.length, sequence.keys.length);
     facts->full = full_tiles(p.mask, work.place.first_key, work.place.first_key + C::keys,
                              sequence.queries.length, sequence.keys.length);
   }
@@ -34,6 +38,17 @@ __device__ __forceinline__ void prepare_block(const BackwardArguments& p, const 
   clear_unused<typename C::QueryTile>(smem + Smem::query, C::stages, p.head_dim);
   clear_unused<typename C::DoutTile>(smem + Smem::dout, C::stages, p.has_dout ? p.head_dim_v : 0);
   ptx::fence_proxy_async_shared();
+}
+
+/// Moves this warpgroup from the registers of the launch to `Count`.
+template <int Count, int Threads>
+__device__ __forceinline__ void set_registers() {
+  constexpr int launched = Threads == 512 ? 128 : 168;
+  if constexpr (Count > launched) {
+    ptx::registers_increase<Count>();
+  } else {
+    ptx::registers_decrease<Count>();
+  }
 }
 
 template <class C>
@@ -56,13 +71,24 @@ __global__ void __launch_bounds__(C::threads, 1)
       producer.load_keys();
       while (producer.left > 0) producer.load_tile();
     }
+    if constexpr (C::gradient_slots > 0) {
+      const int writer = static_cast<int>(threadIdx.x) / 32 - 1;
+      const bool writes = threadIdx.x % 32 == 0 && writer >= 0 && writer < C::gradient_slots;
+      if (writes && p.dq_turns != nullptr) {
+        GradientWriter<C>(p, work, barriers, smem, writer).run();
+      }
+    }
   } else if (group < C::first_main_group) {
     if constexpr (C::query_group) {
-      ptx::registers_decrease<Tuning::dq_registers>();
-      query_gradient_role<C>(p, barriers, smem);
+      set_registers<Tuning::dq_registers, C::threads>();
+      if constexpr (C::third_adds_keys) {
+        NarrowThird<C>(p, barriers, smem).run(work);
+      } else {
+        query_gradient_role<C>(p, barriers, smem);
+      }
     }
   } else {
-    ptx::registers_increase<Tuning::main_registers>();
+    set_registers<Tuning::main_registers, C::threads>();
     typename C::template Main<C>(p, barriers, smem).run();
   }
 }

@@ -89,19 +89,6 @@ struct KeyPassMain {
     }
   }
 
-  /// The products that end a tile, around the hand-over of dS to the dQ group.
-  __device__ __forceinline__ void finish_tile(float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
-                                              const std::uint32_t (&pa)[query_blocks][4],
-                                              const std::uint32_t (&dsa)[query_blocks][4],
-                                              const RingPosition<C::stages>& ring) const {
-    const int stage = ring.slot;
-    multiply_queries<typename C::DoutTile>(dv, pa, Smem::dout + stage * C::DoutTile::bytes);
-    if (p.dq_accumulator != nullptr) publish_score_gradients(ring);
-    ptx::wgmma_fence();
-    multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);
-    ptx::wgmma_commit();
-  }
-
   /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
   __device__ __forceinline__ void store_score_gradients(const std::uint32_t (&ds)[query_blocks][4],
                                                         const RingPosition<C::stages>& ring) const {
@@ -152,61 +139,6 @@ struct KeyPassMain {
   }
 
   using Position = TilePosition<C>;
-
-  /// Tile i with S of tile i + 1 issued before dV and dK of tile i, so that its exponentials run
-  /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
-  /// flight. `previous`: the stage of the last tile, negative before the first.
-  __device__ __forceinline__ void step_ahead(float (&s)[score_registers], Statistics& lse,
-                                             float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
-                                             Position& at, int& previous) const {
-    float dp[score_registers];
-    std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
-    const int stage = at.ring.slot;
-    const RingPosition<C::stages> ring = at.ring;
-    issue_dout(dp, stage, at.ring.phase);
-    probabilities(s, p, lse);
-    hold_wait_below(s);
-    ptx::wgmma_wait<1>();  // dV, dK of the previous tile
-    if (previous >= 0) release(previous);
-    pack_operand<T>(pa, s);
-    Statistics d = softmax_d(stage);
-    const bool masked = at.masked(facts());
-    ptx::wgmma_wait<0>();  // dP
-    score_gradients(dp, s, d);
-    pack_operand<T>(dsa, dp);
-    if (masked) {
-      const std::uint32_t visible = visible_queries(at.tile);
-      keep_visible(pa, visible);
-      keep_visible(dsa, visible);
-    }
-    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
-    previous = stage;
-    at.advance(facts());
-    // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
-    if (at.left-- > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
-    ptx::wgmma_fence();
-    multiply_scores(s, at.ring.slot);
-    ptx::wgmma_commit();
-    finish_tile(dk, dv, pa, dsa, ring);
-    lse = lse2(at.ring.slot);
-    ptx::wgmma_wait<1>();  // S of the next tile
-  }
-
-  __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
-    float s[score_registers];
-    Position at(facts());
-    int previous = -1;
-    ptx::mbarrier_wait(barriers.query_full, 0);
-    ptx::wgmma_fence();
-    multiply_scores(s, 0);
-    ptx::wgmma_commit();
-    Statistics lse = lse2(0);
-    ptx::wgmma_wait<0>();
-    do {
-      step_ahead(s, lse, dk, dv, at, previous);
-    } while (at.left >= 0);
-    ptx::wgmma_wait<0>();
-  }
 
   /// P of a tile, rounded and packed as operand, and packed what dS is proportional to: P itself,
   /// with softcap P times the derivative of the cap.
@@ -305,13 +237,7 @@ struct KeyPassMain {
   }
 
   __device__ __forceinline__ void run() {
-    run_with([&](float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) {
-      if constexpr (C::scores_ahead) {
-        run_ahead(dk, dv);
-      } else {
-        run_in_order(dk, dv);
-      }
-    });
+    run_with([&](float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) { run_in_order(dk, dv); });
   }
 };
 

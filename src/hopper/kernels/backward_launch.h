@@ -11,6 +11,7 @@ struct BackwardInstance {
   CompiledDims dims;
   int key_pass_keys;    ///< keys per block of the key pass, and rows of its K and V boxes
   bool splits_for_l2;   ///< whether splitting the heads of a group pays where they overflow L2
+  bool adds_in_turn;    ///< whether the key pass can add to dQ in a fixed order
   int query_pass_keys;  ///< keys per tile of the query pass, and rows of its K and V boxes
   Status (*key_pass)(const BackwardArguments&, DType, unsigned grid, cudaStream_t);
   Status (*query_pass)(const BackwardArguments&, DType, unsigned grid, cudaStream_t);

@@ -69,6 +69,8 @@ Status choose_instance(const ForwardProblem& p, DecodeLaunch* launch) {
   launch->columns_v = pair->columns_v;
   launch->rows = packed_rows(p) > 16 && pair->columns <= 128 ? 32 : 16;
   launch->row_tiles = static_cast<int>((packed_rows(p) + launch->rows - 1) / launch->rows);
+  const DecodeTuning tuning = tuning_of(*launch);
+  launch->tile_keys = tuning.warps * tuning.keys;
   return {};
 }
 
@@ -78,13 +80,16 @@ Status set_grid(const ForwardProblem& p, std::int64_t grid, DecodeLaunch* launch
     return Status::error(StatusCode::not_implemented,
                          "q: expected fewer than 2^31 tiles of rows times splits, got more");
   }
-  const DecodeTuning tuning = tuning_of(*launch);
-  launch->tile_keys = tuning.warps * tuning.keys;
   launch->grid = static_cast<int>(grid);
   if (launch->splits == 1) return {};
   // Balanced, a block begins one row tile that others continue, and continues one.
   launch->slots = launch->splits == 0 ? 2 * grid : grid;
-  launch->cuts = static_cast<int>(launch->splits == 0 ? grid : units(p, *launch));
+  // The shorter list: a row tile has one entry, a block begins one cut row tile at most. A row tile
+  // that a sequence may not have has nobody to write its entry.
+  launch->list_by_unit =
+      launch->splits == 0 && units(p, *launch) <= grid && !outputs_outside_sequences(p);
+  const bool by_block = launch->splits == 0 && !launch->list_by_unit;
+  launch->cuts = static_cast<int>(by_block ? grid : units(p, *launch));
   launch->lse_offset = aligned(4 * launch->slots * launch->rows * launch->columns_v);
   launch->cuts_offset = launch->lse_offset + aligned(4 * launch->slots * launch->rows);
   launch->bytes =
@@ -145,7 +150,13 @@ Status merge_pieces(const ForwardProblem& p, const DecodeLaunch& launch, const D
   merge.group = params.group;
   merge.head_dim_v = params.head_dim_v;
   merge.packed_q = p.packed_q;
-  return launch_decode_merge(merge, launch.cuts, stream);
+  merge.heads_kv = params.heads_kv;
+  merge.row_tiles = params.row_tiles;
+  merge.by_unit = launch.splits > 0 || launch.list_by_unit;
+  const auto pieces =
+      static_cast<int>(launch.splits > 0 ? launch.splits : launch.grid / units(p, launch) + 1);
+  const auto rows = static_cast<int>(std::min<std::int64_t>(launch.rows, packed_rows(p)));
+  return launch_decode_merge(merge, launch.cuts, rows, pieces, stream);
 }
 
 }  // namespace
@@ -166,7 +177,9 @@ Status make_decode_launch(const ForwardProblem& p, int sm_count, DecodeLaunch* l
   const std::int64_t resident = sms * tuning_of(*launch).blocks;
   launch->splits = p.num_splits;
   if (p.num_splits == 0) {
-    if (range <= decode_unsplit_keys || launch->row_tiles > decode_balanced_row_tiles) {
+    const std::int64_t line = units(p, *launch) * (p.longest_k / launch->tile_keys + 1);
+    if (range <= decode_unsplit_keys || launch->row_tiles > decode_balanced_row_tiles ||
+        line >= longest_32_bit) {
       launch->splits = 1;
     } else if (p.batch == 1) {  // nothing to balance
       launch->splits = static_cast<int>(std::clamp<std::int64_t>(
@@ -193,7 +206,7 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.sink = p.sink;
   params.side_q = p.side_q;
   params.side_k = p.side_k;
-  params.mask = p.mask;
+  params.mask = narrow_mask(p.mask);
   params.batch = static_cast<int>(p.batch);
   params.heads_kv = static_cast<int>(p.heads_kv);
   params.group = static_cast<int>(p.group);
@@ -213,7 +226,10 @@ Status launch_decode(const ForwardProblem& p, const DecodeLaunch& launch, void* 
   params.by_group = FastDivisor(static_cast<std::uint32_t>(p.group));
   params.row_tiles = launch.row_tiles;
   params.splits = launch.splits;
-  params.min_tiles = p.num_splits == 0 ? decode_min_tiles : 1;
+  params.list_by_unit = launch.list_by_unit;
+  params.min_tiles = p.num_splits > 0     ? 1
+                     : launch.splits == 0 ? decode_min_tiles
+                                          : decode_min_tiles_alone;
   params.partial_out = reinterpret_cast<float*>(memory);
   params.partial_lse = reinterpret_cast<float*>(memory + launch.lse_offset);
   params.cuts =

@@ -22,6 +22,7 @@
 #include "hopper/launch_dependent.h"
 #include "hopper/ptx/copy_async.cuh"
 #include "hopper/ptx/mbarrier.cuh"
+#include "hopper/ptx/parameters.cuh"
 #include "hopper/ptx/sync.cuh"
 
 namespace sinkattn::hopper {
@@ -87,37 +88,37 @@ __device__ void copy_query(const DecodeParams& p, const typename C::Work::Sequen
 
 /// Visible keys of this thread's rows, and the keys that every row of the tile sees.
 template <class C>
-__device__ Range limit_rows(const DecodeParams& p, const typename C::Work::Sequence& sequence,
-                            const DecodePiece& piece, int first_row, int valid_rows,
-                            typename C::Rows& state) {
+__device__ BasicRange<int> limit_rows(const DecodeParams& p,
+                                      const typename C::Work::Sequence& sequence,
+                                      const DecodePiece& piece, int first_row, int valid_rows,
+                                      typename C::Rows& state) {
   const int g = static_cast<int>(threadIdx.x % 32) / 4;
 #pragma unroll
   for (int m = 0; m < C::RowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = 16 * m + 8 * r + g;
-      const Range keys = sequence.keys_of_row(p, first_row + row);
+      const auto keys = sequence.keys_of_row(p, first_row + row);
       const bool valid = row < valid_rows;
-      state.limits[m].begin[r] = valid ? static_cast<int>(keys.begin) : 0;
-      state.limits[m].end[r] = valid ? min(static_cast<int>(keys.end), piece.key_end) : 0;
+      state.limits[m].begin[r] = valid ? keys.begin : 0;
+      state.limits[m].end[r] = valid ? min(keys.end, piece.key_end) : 0;
     }
   }
-  const Range low = sequence.keys_of_row(p, first_row);
-  const Range high = sequence.keys_of_row(p, first_row + valid_rows - 1);
-  return {high.begin, min(low.end, static_cast<std::int64_t>(piece.key_end))};
+  return {sequence.keys_of_row(p, first_row + valid_rows - 1).begin,
+          min(sequence.keys_of_row(p, first_row).end, piece.key_end)};
 }
 
 /// One warp's way through the keys of the piece.
 template <class C>
-__device__ void stream_keys(const DecodeParams& p, const Range& inside, typename C::Stream& stream,
-                            typename C::Rows& state, int first, int end) {
-  const int low = static_cast<int>(inside.begin);
-  const int high = static_cast<int>(inside.end);
+__device__ void stream_keys(const DecodeParams& p, const BasicRange<int>& inside,
+                            typename C::Stream& stream, typename C::Rows& state, int first,
+                            int end) {
   int slot = 0;
   for (int key = first; key < end; key += C::tile_keys) {
     stream.wait();  // for the copies that start() or refill() committed Slots steps ago
     const std::uint32_t at = stream.slot_address(slot);
-    state.attend(p, at, at + C::Stream::KeyTile::bytes, key, key >= low && key + C::keys <= high);
+    state.attend(p, at, at + C::Stream::KeyTile::bytes, key,
+                 key >= inside.begin && key + C::keys <= inside.end);
     __syncwarp();  // all lanes have read the slot
     stream.refill(p, slot);
     slot = slot + 1 == C::tuning.slots ? 0 : slot + 1;
@@ -198,7 +199,7 @@ __device__ void run_piece(const DecodeParams& p, const typename C::Work& work,
   const int valid_rows = min(C::rows, work.sequence.rows - first_row);
   const int first = piece.key_begin + static_cast<int>(threadIdx.x / 32) * C::keys;
   typename C::Rows state;
-  const Range inside = limit_rows<C>(p, work.sequence, piece, first_row, valid_rows, state);
+  const auto inside = limit_rows<C>(p, work.sequence, piece, first_row, valid_rows, state);
   ptx::copy_async_wait<C::tuning.slots>();  // for the queries, the oldest group
   __syncthreads();  // everyone's queries are there, and the last piece's results are read
   state.start(smem + DecodeSmem<C>::query_at);
@@ -215,6 +216,7 @@ __global__ void __launch_bounds__(C::threads, C::tuning.blocks)
   auto& work = *reinterpret_cast<typename C::Work*>(memory + Smem::work_at);
   auto& results = *reinterpret_cast<typename C::Results*>(memory + Smem::results_at);
   const std::uint32_t smem = ptx::shared_address(memory);
+  ptx::fetch_parameters(p);
   ptx::wait_for_previous_grid();
   ptx::launch_dependent_grids();  // they wait for this grid to end before they read
   work.begin(p);

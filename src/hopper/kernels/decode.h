@@ -52,7 +52,8 @@ struct DecodeSlots {
 /// the merge works off. At most one piece: nothing to do.
 struct DecodeCut {
   std::int64_t first_q;  ///< row of position 0 in the query tensor
-  int pieces, b, kv_head;
+  int pieces, entry;     ///< entry: of DecodeSlots
+  int b, kv_head;
   int first_row, rows;  ///< packed rows of the sequence
 };
 
@@ -63,7 +64,7 @@ struct DecodeParams {
   RowsTensor lse;
   VectorView sink;
   SequenceSide side_q, side_k;
-  Mask mask;
+  Mask32 mask;
   int batch, heads_kv, group, head_dim, head_dim_v;
   bool packed_q, packed_k;
   float scale;       ///< of a raw score, in natural units; 1 with a softcap
@@ -77,6 +78,7 @@ struct DecodeParams {
   float* partial_out;  ///< (slot, row, column), normalised, sink-free
   float* partial_lse;  ///< (slot, row)
   DecodeCut* cuts;     ///< null: no row tile is shared by blocks that do not merge at once
+  bool list_by_unit;   ///< balanced: an entry of `cuts` per row tile, not per block
 };
 
 /// How one problem is run: instance, grid and workspace.
@@ -87,7 +89,8 @@ struct DecodeLaunch {
   int splits = 1;                  ///< as in DecodeParams
   int row_tiles = 1;               ///< of the longest sequence
   int grid = 0;
-  int cuts = 0;            ///< entries of the list for the merge
+  int cuts = 0;  ///< entries of the list for the merge
+  bool list_by_unit = false;
   std::int64_t slots = 0;  ///< pieces in the workspace
   std::size_t lse_offset = 0, cuts_offset = 0, bytes = 0;
 };
@@ -114,7 +117,8 @@ struct DecodeFill {
 };
 Status launch_decode_fill(const DecodeFill& fill, cudaStream_t stream);
 
-/// Merges the row tiles of a list, after the decode kernel.
+/// Merges the row tiles of a list, after the decode kernel. `rows`: of a row tile, at most;
+/// `pieces`: of one, about.
 struct DecodeMerge {
   HeadsTensor out;
   RowsTensor lse;
@@ -123,9 +127,11 @@ struct DecodeMerge {
   const float* partial_lse;
   const DecodeCut* cuts;
   int splits;  ///< as in DecodeParams
-  int tile_rows, columns, group, head_dim_v;
+  int tile_rows, columns, group, head_dim_v, heads_kv, row_tiles;
   bool packed_q;
+  bool by_unit;  ///< entries are those of (sequence, row tile, KV head), the last fastest
 };
-Status launch_decode_merge(const DecodeMerge& merge, int entries, cudaStream_t stream);
+Status launch_decode_merge(const DecodeMerge& merge, int entries, int rows, int pieces,
+                           cudaStream_t stream);
 
 }  // namespace sinkattn::hopper

@@ -6,6 +6,7 @@
 
 #include "hopper/kernels/forward_config.h"
 #include "hopper/kernels/forward_consumer.cuh"
+#include "hopper/kernels/forward_pages.cuh"
 #include "hopper/kernels/forward_producer.cuh"
 
 namespace sinkattn::hopper {
@@ -16,7 +17,7 @@ __device__ inline void initialize_barriers(ForwardSmem<C>& smem) {
   for (int i = 0; i < C::query_stages; ++i) {
     ptx::mbarrier_init(&smem.tile_full[i], 1);
     ptx::mbarrier_init(&smem.query_full[i], 1);
-    ptx::mbarrier_init(&smem.query_empty[i], warps);
+    ptx::mbarrier_init(&smem.query_empty[i], warps + (C::paged ? 1 : 0));
   }
   for (int i = 0; i < C::stages; ++i) {
     ptx::mbarrier_init(&smem.key_full[i], 1);
@@ -24,6 +25,7 @@ __device__ inline void initialize_barriers(ForwardSmem<C>& smem) {
     ptx::mbarrier_init(&smem.key_empty[i], C::warpgroups);
     ptx::mbarrier_init(&smem.value_empty[i], C::warpgroups);
   }
+  ptx::mbarrier_init(&smem.page_full, 1);
   ptx::mbarrier_init_fence();
 }
 
@@ -61,7 +63,12 @@ __global__ void __launch_bounds__(C::threads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {
     ptx::registers_decrease<C::producer_registers>();
-    if (threadIdx.x == 0) load_tiles<C>(a, smem);
+    if constexpr (C::paged) {
+      if (threadIdx.x / 32 == 0) load_paged_keys<C>(a, smem);
+      if (threadIdx.x / 32 == 2) load_paged_values<C>(a, smem);
+    } else {
+      if (threadIdx.x == 0) load_tiles<C>(a, smem);
+    }
     if (threadIdx.x / 32 == 1) schedule_tiles<C>(a, smem);
   } else {
     ptx::registers_increase<C::consumer_registers>();

@@ -21,10 +21,22 @@ struct TileOrder {
   std::int32_t heads = 0;      ///< query heads
   std::int32_t group = 0;      ///< query heads per KV head
   std::int32_t splits = 1;
-  std::int32_t levels = 0;   ///< dense: tiles per sequence; packed: found on the device
-  std::int32_t units = 0;    ///< KV heads; dense: of all batch entries
-  std::int32_t section = 0;  ///< units whose keys and values share the L2
+  std::int32_t levels = 0;    ///< dense: tiles per sequence; packed: found on the device
+  std::int32_t units = 0;     ///< KV heads; dense: of all batch entries
+  std::int32_t sections = 1;  ///< at most `units`: parts of them whose keys and values share the L2
   bool packed = false;
+
+  /// First unit of a section. The sizes differ by one at most, the larger ones come last: the last
+  /// section must not be shorter than its longest tile, or the machine waits for that tile.
+  __host__ __device__ inline std::int32_t first_unit(std::int32_t index) const {
+    const std::int32_t larger = index - (sections - units % sections);
+    return index * (units / sections) + (larger > 0 ? larger : 0);
+  }
+  /// The section of a unit: the inverse of first_unit().
+  __host__ __device__ inline std::int32_t section_of(std::int32_t unit) const {
+    const std::int32_t size = units / sections, smaller = sections - units % sections;
+    return unit < smaller * size ? unit / size : smaller + (unit - smaller * size) / (size + 1);
+  }
 };
 
 /// Everything a forward kernel reads. Passed by value: the tensor maps lie in constant memory.
@@ -35,10 +47,11 @@ struct ForwardArguments {
   Mask32 mask;
   KeyStorage keys;
   bool keys_packed;
-  RowsTensor lse;        ///< null: not wanted; with splits that of the partials
-  HeadsTensor zero_out;  ///< out again, for the rows that take no part
-  VectorView sink;       ///< null with splits: the merge adds it
-  float scale;           ///< raw score (after the soft cap) -> natural units
+  std::int32_t page_box_rows;  ///< paged: rows of a box; divides the page and the key block
+  RowsTensor lse;              ///< null: not wanted; with splits that of the partials
+  HeadsTensor zero_out;        ///< out again, for the rows that take no part
+  VectorView sink;             ///< null with splits: the merge adds it
+  float scale;                 ///< raw score (after the soft cap) -> natural units
   float scale_log2;
   float rescale_limit;  ///< growth of the maximum (raw) that the exponentials tolerate
   float softcap;        ///< 0: none
@@ -57,6 +70,7 @@ struct ForwardInstance {
   DType dtype;
   int head_dim, head_dim_v;
   ForwardUse use;
+  bool paged;
   int tile_m, tile_n;
   int threads;
   int shared_bytes;
@@ -66,6 +80,6 @@ struct ForwardInstance {
 /// The instance for these dimensions, rounded up to a compiled pair, and for this use if there is
 /// one; null if no pair is large enough.
 const ForwardInstance* find_forward(DType dtype, std::int64_t head_dim, std::int64_t head_dim_v,
-                                    ForwardUse use);
+                                    ForwardUse use, bool paged);
 
 }  // namespace sinkattn::hopper

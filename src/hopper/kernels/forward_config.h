@@ -6,10 +6,6 @@
 
 namespace sinkattn::hopper {
 
-/// How much of a block's softmax runs while the product P V of the block before is in flight. What
-/// follows interleaves with packing the probabilities, which must wait for that product.
-enum class Hidden { nothing, maximum, exponentials };
-
 /// What a problem may ask for beside the general tile of its head dims.
 enum class ForwardUse {
   general,
@@ -23,10 +19,10 @@ struct ForwardShape {
   int stages;        ///< of the K ring and of the V ring
   int query_stages;  ///< of the Q ring; the output leaves from there
   bool turns;        ///< warpgroups issue their products in a fixed order
-  Hidden hidden;     ///< which part of the softmax runs under P V
 };
 
-template <class T, int HeadDim, int HeadDimV, ForwardShape Shape>
+/// `Paged`: keys and values lie in pages that a table lists.
+template <class T, int HeadDim, int HeadDimV, ForwardShape Shape, bool Paged = false>
 struct ForwardConfig {
   using Element = T;
   static constexpr int head_dim = HeadDim, head_dim_v = HeadDimV;
@@ -34,7 +30,7 @@ struct ForwardConfig {
   static constexpr int tile_m = 64 * warpgroups;
   static constexpr int stages = Shape.stages, query_stages = Shape.query_stages;
   static constexpr bool turns = Shape.turns;
-  static constexpr Hidden hidden = Shape.hidden;
+  static constexpr bool paged = Paged;
   static constexpr int threads = 128 * (warpgroups + 1);
   // All registers that the launch gives a block, per four threads: 40 + 2 * 232, 32 + 3 * 160,
   // 32 + 4 * 112.

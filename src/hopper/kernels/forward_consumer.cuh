@@ -45,6 +45,11 @@ struct Consumer {
   static constexpr int score_registers = C::tile_n / 2;
   static constexpr int out_registers = C::head_dim_v / 2;
   static constexpr int key_steps = C::tile_n / 16;
+  /// Sum of a thread's exponentials of one row and block up to which fp16 holds each of them with
+  /// room to spare. Above what exponentials within the limit of take_maximum() add up to, so that
+  /// a row over it has a maximum over that limit.
+  static constexpr float most_of_block = 16384.0f;
+  static_assert(C::tile_n / 4 * 256.0f < most_of_block);
 
   const ForwardArguments& a;
   Smem& smem;
@@ -109,15 +114,6 @@ struct Consumer {
             seen.n_full_end};
   }
 
-  /// Soft cap and mask of the scores of `block`.
-  __device__ inline void shape_scores(float (&s)[score_registers], const WarpgroupBlocks& blocks,
-                                      int block, const RowIntervals& rows) {
-    if (a.softcap > 0.0f) cap_scores(s, a.scale_over_cap, a.softcap);
-    if (block < blocks.full_begin || block >= blocks.full_end) {
-      mask_scores(s, block * C::tile_n + 2 * static_cast<int>(threadIdx.x % 4), rows);
-    }
-  }
-
   __device__ static inline void pack_probabilities(const float (&s)[score_registers],
                                                    std::uint32_t (&p)[key_steps][4]) {
 #pragma unroll
@@ -133,10 +129,33 @@ struct Consumer {
     for (int i = 0; i < out_registers; ++i) o[i] *= rescale[row_of(i)];
   }
 
-  /// Waits for P V.
-  __device__ inline void finish_output() {
-    ptx::wgmma_wait<0>();
-    release_value();
+  /// Scores of a block -> probabilities, by way of the maxima; O follows where a reference moves.
+  __device__ inline void move_references(float (&s)[score_registers], const float (&limit)[2],
+                                         OnlineSoftmax& softmax, std::uint32_t (&p)[key_steps][4],
+                                         float (&o)[out_registers]) {
+    float rescale[2];
+    softmax.take_maximum(s, a.scale_log2, limit, rescale);
+    softmax.exponentiate(s, a.scale_log2);
+    pack_probabilities(s, p);
+    rescale_output(o, rescale);
+  }
+
+  /// Softmax of `block`. A block without a mask is tried without its maxima, which are a third of
+  /// the work, unless it is the tile's first and there is no reference yet.
+  __device__ inline void exponentiate_block(float (&s)[score_registers],
+                                            const WarpgroupBlocks& blocks, int block, bool first,
+                                            const RowIntervals& rows, OnlineSoftmax& softmax,
+                                            std::uint32_t (&p)[key_steps][4],
+                                            float (&o)[out_registers]) {
+    float limit[2] = {a.rescale_limit, a.rescale_limit};
+    if (a.softcap > 0.0f) cap_scores(s, a.scale_over_cap, a.softcap);
+    if (block < blocks.full_begin || block >= blocks.full_end) {
+      mask_scores(s, block * C::tile_n + 2 * static_cast<int>(threadIdx.x % 4), rows);
+    } else if (!first &&
+               softmax.keep_reference<Element>(s, a.scale_log2, most_of_block, p, limit)) {
+      return;
+    }
+    move_references(s, limit, softmax, p, o);
   }
 
   /// Gives `count` blocks back unread: no row of this warpgroup sees them. `turns` of them take
@@ -156,28 +175,18 @@ struct Consumer {
     }
   }
 
-  /// Blocks from the last to the first: S of block n - 1 is issued, then P V of block n, which runs
-  /// under the softmax of block n - 1.
+  /// Blocks from the last to the first: S of block n - 1 is issued, then P V of block n.
   __device__ inline void compute_blocks(const WarpgroupBlocks& blocks, const RowIntervals& rows,
                                         OnlineSoftmax& softmax, float (&o)[out_registers]) {
     float s[score_registers];
     std::uint32_t p[key_steps][4];
-    float rescale[2];
     wait_key();
     issue_scores(s);
     ptx::wgmma_wait<0>();
     release_key();
-    shape_scores(s, blocks, blocks.end - 1, rows);
-    softmax.take_maximum(s, a.scale_log2, a.rescale_limit, rescale);
-    softmax.exponentiate(s, a.scale_log2);
-    pack_probabilities(s, p);
-    // A wgmma wait has no operands, and ptxas likes to move it up, to where the product that it
-    // waits for hides nothing. It does not cross a branch: for Hidden::maximum the wait for the
-    // next keys is one, in the right place and early.
-    constexpr bool early_keys = C::hidden == Hidden::maximum;
-    if (early_keys && blocks.end - 2 >= blocks.begin) wait_key();
+    exponentiate_block(s, blocks, blocks.end - 1, true, rows, softmax, p, o);
     for (int block = blocks.end - 2; block >= blocks.begin; --block) {
-      if (!early_keys) wait_key();
+      wait_key();
       take_turn();
       issue_scores(s);
       wait_value();
@@ -185,17 +194,9 @@ struct Consumer {
       pass_turn();
       ptx::wgmma_wait<1>();
       release_key();
-      shape_scores(s, blocks, block, rows);
-      softmax.take_maximum(s, a.scale_log2, a.rescale_limit, rescale);
-      if (early_keys && block > blocks.begin) wait_key();
-      if constexpr (C::hidden != Hidden::exponentials) finish_output();
-      softmax.exponentiate(s, a.scale_log2);
-      if constexpr (C::hidden == Hidden::exponentials) {
-        softmax.hold_wait_below();
-        finish_output();
-      }
-      pack_probabilities(s, p);
-      rescale_output(o, rescale);
+      ptx::wgmma_wait<0>();
+      release_value();
+      exponentiate_block(s, blocks, block, false, rows, softmax, p, o);
     }
     wait_value();
     issue_output(o, p);

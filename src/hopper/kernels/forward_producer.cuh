@@ -44,6 +44,11 @@ __device__ inline void describe_tile(const ForwardArguments& a, const TileIndex&
       split_blocks(BasicRange<int>{blocks.n_begin, blocks.n_end}, index.split, a.order.splits);
   tile.block_begin = mine.begin;
   tile.block_end = mine.end;
+  if constexpr (C::paged) {
+    const int last = min(tile.first_position + C::tile_m, tile.length) - 1;
+    tile.visible_begin = visible_keys(a.mask, tile.first_position, tile.length, tile.keys).begin;
+    tile.visible_end = visible_keys(a.mask, last, tile.length, tile.keys).end;
+  }
 }
 
 /// The scheduling warp: one tile ahead of the loads, it announces every tile in shared memory.

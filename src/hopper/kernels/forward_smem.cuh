@@ -13,12 +13,13 @@ namespace sinkattn::hopper {
 /// A tile of query rows as the producer announces it to the consumers.
 struct TileInfo {
   std::int32_t head, kv_head, split;
-  std::int32_t batch, key_batch;           ///< entry of the tensors; 0 where packed
-  std::int32_t first_position;             ///< of the tile in its sequence
-  std::int32_t first_row, length, extent;  ///< of the sequence's queries; see SequenceInfo
-  std::int32_t keys, key_end;              ///< their number, and the row after the last of them
-  std::int32_t block_begin, block_end;     ///< key blocks to visit
-  bool valid;                              ///< false: there are no more tiles
+  std::int32_t batch, key_batch;            ///< entry of the tensors; 0 where packed
+  std::int32_t first_position;              ///< of the tile in its sequence
+  std::int32_t first_row, length, extent;   ///< of the sequence's queries; see SequenceInfo
+  std::int32_t keys, key_end;               ///< their number, and the row after the last of them
+  std::int32_t visible_begin, visible_end;  ///< paged: keys that any row of the tile sees
+  std::int32_t block_begin, block_end;      ///< key blocks to visit
+  bool valid;                               ///< false: there are no more tiles
 };
 
 template <class C>
@@ -34,6 +35,7 @@ struct ForwardSmem {
   std::uint64_t key_full[C::stages], key_empty[C::stages];
   std::uint64_t value_full[C::stages], value_empty[C::stages];
   std::uint64_t tile_full[C::query_stages];
+  std::uint64_t page_full;  ///< paged: values that the producer completes
   TileInfo tile[C::query_stages];
   PackedCursor cursor;
 

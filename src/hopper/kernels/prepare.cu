@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "hopper/backward_tuning.h"
 #include "hopper/device.h"
 #include "hopper/kernels/element.cuh"
 
@@ -90,6 +91,10 @@ __device__ float block_sum(float value) {
 __device__ void zero_accumulator(const PrepareAccumulator& accumulator, std::int64_t row) {
   if (accumulator.data == nullptr) return;
   auto* to = reinterpret_cast<float4*>(accumulator.data + row * accumulator.columns);
+  constexpr int tiles = static_cast<int>(prepare_tile_rows) / backward_tile_queries;
+  if (accumulator.turns != nullptr && threadIdx.x < tiles) {
+    accumulator.turns[row / backward_tile_queries + threadIdx.x] = 0;
+  }
   const int vectors = static_cast<int>(prepare_tile_rows) * accumulator.columns / 4;
   for (int i = threadIdx.x; i < vectors; i += block_threads) to[i] = make_float4(0, 0, 0, 0);
 }

@@ -36,9 +36,10 @@ struct PrepareLayout {
 };
 
 /// The accumulator of dQ, which the pass fills with zeros tile by tile: (.., rows, columns) fp32 in
-/// the row order of the statistics. data null: none.
+/// the row order of the statistics, and a counter per backward_tile_queries rows. data null: none.
 struct PrepareAccumulator {
   float* data = nullptr;
+  int* turns = nullptr;  ///< may be null alone
   int columns = 0;
 };
 

@@ -14,6 +14,22 @@ __device__ inline void copy_async_16(std::uint32_t destination, const void* sour
                : "memory");
 }
 
+/// The same for what is read once: it is the first to leave L2 again.
+__device__ inline void copy_async_16_once(std::uint32_t destination, const void* source, bool valid,
+                                          std::uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   destination),
+               "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
+/// Cache policy of such copies.
+__device__ inline std::uint64_t evict_first_policy() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /// Until all but the newest `Pending` groups of this thread have landed. Other threads' copies

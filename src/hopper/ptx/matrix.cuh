@@ -37,6 +37,13 @@ __device__ inline void store_matrix_x4_transposed(std::uint32_t address, std::ui
       : "memory");
 }
 
+/// The 8x8 matrix of a warp transposed: lane l gives and gets elements 2 (l % 4), + 1 of row l / 4.
+__device__ inline std::uint32_t transpose_matrix(std::uint32_t pair) {
+  std::uint32_t x;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(x) : "r"(pair));
+  return x;
+}
+
 __device__ inline float2 load_shared_float2(std::uint32_t address) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");

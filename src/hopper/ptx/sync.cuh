@@ -12,6 +12,20 @@ __device__ inline void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// Orders all accesses of this thread before and after between ordinary and asynchronous.
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+/// A value that other blocks store with store_release(), and what they did before.
+__device__ inline int load_acquire(const int* address) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ inline void store_release(int* address, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 /// Waits until `threads` threads (a multiple of 32) have come to barrier `id` (1 to 15), counting
 /// those that only arrive.
 __device__ inline void named_barrier_sync(int id, int threads) {

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hopper/instances/forward_instance.cuh"
+
+namespace sinkattn::hopper {
+
+ForwardInstance forward_paged_256_bf16() {
+  return forward_instance<__nv_bfloat16, 256, 256, ForwardUse::general, true>(
+      "forward_paged_256_bf16");
+}
+
+ForwardInstance forward_paged_256_fp16() {
+  return forward_instance<__half, 256, 256, ForwardUse::general, true>("forward_paged_256_fp16");
+}
+
+}  // namespace sinkattn::hopper
