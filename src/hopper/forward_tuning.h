@@ -72,5 +72,10 @@ struct PagedTile : ForwardTile<HeadDim, HeadDimV, Use> {};
 
 template <>
 struct PagedTile<128, 128> : ForwardTile<128, 128, ForwardUse::short_keys> {};
+// With blocks of 80 keys the registers of the page lookup spill.
+template <>
+struct PagedTile<192, 128> {
+  static constexpr ForwardShape shape{64, 3, 2, 1, true};
+};
 
 }  // namespace sinkattn::hopper
