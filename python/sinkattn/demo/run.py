@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, losses in list(history.items())[1:]:
         print(f"  {name:<26} {distance(losses, eager):.1e} over {options.steps} steps")
     print(
-        f"Sinks at the end: at most {sink_gap:.1e} from the eager run's (tolerance {sink_limit:.1e}).\n"
+        f"Sinks at the end: up to {sink_gap:.1e} from the eager run's, {sink_limit:.1e} allowed.\n"
         f"  {'within' if followed else 'OUTSIDE'} the tolerance\n"
         f"Sinks moved by up to {', '.join(f'{m:.3f}' for m in moved)} (per layer).\n"
         "A sample from the model, decoded with its KV cache:\n"
