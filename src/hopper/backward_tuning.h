@@ -17,7 +17,6 @@ inline constexpr long long l2_of_heads = 48ll << 20;
 /// The key pass: 128 keys per block, 64 in each of two main warpgroups.
 /// stages: query tiles (Q, dO and their statistics) in flight, and dS tiles between the main
 /// warpgroups and the warpgroup of dQ.
-/// scores_ahead: S of the next tile is issued before dV and dK of this one.
 /// producer_group: a warpgroup of its own for copies; otherwise a lane of the dQ warpgroup copies.
 /// dq_columns: columns of dQ accumulated at a time.
 /// statistics_window: pairs of LSE2 or D' (of 8 per thread and tile) held in registers.
@@ -25,23 +24,16 @@ template <int D, int DV>
 struct KeyPassTuning;
 
 template <>
-struct KeyPassTuning<64, 64> {
-  static constexpr int stages = 4, dq_columns = 64, statistics_window = 8;
-  static constexpr bool scores_ahead = true, producer_group = true;
-  static constexpr int producer_registers = 24, dq_registers = 88, main_registers = 200;
-};
-
-template <>
 struct KeyPassTuning<96, 96> {
   static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
-  static constexpr bool scores_ahead = false, producer_group = false;
+  static constexpr bool producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 
 template <>
 struct KeyPassTuning<128, 128> {
   static constexpr int stages = 2, dq_columns = 32, statistics_window = 3;
-  static constexpr bool scores_ahead = false, producer_group = false;
+  static constexpr bool producer_group = false;
   static constexpr int producer_registers = 0, dq_registers = 56, main_registers = 224;
 };
 

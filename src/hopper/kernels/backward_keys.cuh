@@ -10,8 +10,8 @@
 // warpgroups drift apart until one's exponentials run under the other's matrix products.
 //
 // Here: shared memory, barriers, and the roles that copy and that form dQ. The main
-// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh; head
-// dim 64 is in backward_keys_narrow.cuh.
+// warpgroups are in backward_keys_main.cuh and, for large head dims, in backward_keys_wide.cuh;
+// head dim 64 is in backward_keys_narrow.cuh.
 #pragma once
 
 #include "hopper/backward_tuning.h"
@@ -37,8 +37,6 @@ struct KeyPass {
   static constexpr bool softcap = Softcap_;
   static constexpr int queries = backward_tile_queries, keys = 128, warpgroup_keys = 64;
   static constexpr int stages = Tuning::stages;
-  // With softcap there are too many values per score to have S of the next tile as well.
-  static constexpr bool scores_ahead = Tuning::scores_ahead && !softcap;
   static constexpr bool producer_group = Tuning::producer_group;
   static constexpr int threads = producer_group ? 512 : 384;
   static constexpr int first_main_group = threads / 128 - 2;

@@ -166,57 +166,6 @@ struct KeyPassMain {
     }
   };
 
-  /// Tile i with S of tile i + 1 issued before dV and dK of tile i, so that its exponentials run
-  /// under them. On entry S of this tile and its LSE2 are there; dV and dK of the last one are in
-  /// flight. `previous`: the stage of the last tile, negative before the first.
-  __device__ __forceinline__ void step_ahead(float (&s)[score_registers], Statistics& lse,
-                                             float (&dk)[C::d / 2], float (&dv)[C::dv / 2],
-                                             Position& at, int& previous) const {
-    float dp[score_registers];
-    std::uint32_t pa[query_blocks][4], dsa[query_blocks][4];
-    const int stage = at.ring.slot;
-    const RingPosition<C::stages> ring = at.ring;
-    issue_dout(dp, stage, at.ring.phase);
-    probabilities(s, p, lse);
-    hold_wait_below(s);
-    ptx::wgmma_wait<1>();  // dV, dK of the previous tile
-    if (previous >= 0) release(previous);
-    pack_operand<T>(pa, s);
-    Statistics d = softmax_d(stage);
-    const TileRange tiles = facts().tiles, full = facts().full;
-    ptx::wgmma_wait<0>();  // dP
-    score_gradients(dp, s, d);
-    pack_operand<T>(dsa, dp);
-    if (at.masked(full)) mask(pa, dsa, at.tile);
-    if (p.dq_accumulator != nullptr) store_score_gradients(dsa, ring);
-    previous = stage;
-    at.advance(tiles);
-    // After the last tile S of a stale stage is computed and dropped: no issue in a branch.
-    if (at.left-- > 0) ptx::mbarrier_wait(barriers.query_full + at.ring.slot, at.ring.phase);
-    ptx::wgmma_fence();
-    multiply_scores(s, at.ring.slot);
-    ptx::wgmma_commit();
-    finish_tile(dk, dv, pa, dsa, ring);
-    lse = lse2(at.ring.slot);
-    ptx::wgmma_wait<1>();  // S of the next tile
-  }
-
-  __device__ __forceinline__ void run_ahead(float (&dk)[C::d / 2], float (&dv)[C::dv / 2]) const {
-    float s[score_registers];
-    Position at(facts());
-    int previous = -1;
-    ptx::mbarrier_wait(barriers.query_full, 0);
-    ptx::wgmma_fence();
-    multiply_scores(s, 0);
-    ptx::wgmma_commit();
-    Statistics lse = lse2(0);
-    ptx::wgmma_wait<0>();
-    do {
-      step_ahead(s, lse, dk, dv, at, previous);
-    } while (at.left >= 0);
-    ptx::wgmma_wait<0>();
-  }
-
   /// P of a tile, rounded and packed as operand, and packed what dS is proportional to: P itself,
   /// with softcap P times the derivative of the cap.
   __device__ __forceinline__ void weights(std::uint32_t (&pa)[query_blocks][4],
@@ -272,11 +221,7 @@ struct KeyPassMain {
     for (int i = 0; i < C::d / 2; ++i) dk[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::dv / 2; ++i) dv[i] = 0.0f;
-    if constexpr (C::scores_ahead) {
-      run_ahead(dk, dv);
-    } else {
-      run_in_order(dk, dv);
-    }
+    run_in_order(dk, dv);
     // Where the block lies is computed again: the loop has no registers to keep it.
     const unsigned thread = opaque(threadIdx.x);
     const int first = C::group_key(static_cast<int>(thread) / 128 - C::first_main_group);
