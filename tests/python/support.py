@@ -213,3 +213,13 @@ def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
             missing.discard(((x, best[x]), (y, best[y])))
         rows.append({name: axes[name][i] for name, i in zip(names, best, strict=True)})
     return rows
+
+
+# Options of flash_attn_func with which a call is a plain one (see attend_dense).
+PLAIN_OPTIONS = [
+    {},
+    {"causal": True, "softmax_scale": 0.3},
+    {"window_size": (3, -1), "causal": True},
+    {"window_size": (-5, 2)},
+    {"deterministic": True, "return_attn_probs": True},
+]

@@ -15,6 +15,7 @@ import pytest
 import sinkattn
 import torch
 from sinkattn import _direct, autograd
+from support import PLAIN_OPTIONS
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,17 +65,8 @@ def refused(taken):
     assert taken.calls == [False]
 
 
-PLAIN = [
-    {},
-    {"causal": True, "softmax_scale": 0.3},
-    {"window_size": (3, -1), "causal": True},
-    {"window_size": (-5, 2)},
-    {"deterministic": True, "return_attn_probs": True},
-]
-
-
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("options", PLAIN, ids=str)
+@pytest.mark.parametrize("options", PLAIN_OPTIONS, ids=str)
 @pytest.mark.parametrize("sink", [True, False])
 def test_plain_calls_are_taken(taken, monkeypatch, needs, device, gradient, options, sink):
     needs("forward")

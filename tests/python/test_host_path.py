@@ -7,6 +7,7 @@ import pytest
 import sinkattn
 import torch
 from sinkattn import _direct, _execute, autograd, interface
+from support import PLAIN_OPTIONS
 from torch._subclasses import FakeTensorMode
 
 
@@ -38,17 +39,8 @@ def short_calls(monkeypatch):
     return calls
 
 
-PLAIN = [
-    {},
-    {"causal": True, "softmax_scale": 0.3},
-    {"window_size": (3, -1), "causal": True},
-    {"window_size": (-5, 2)},
-    {"deterministic": True, "return_attn_probs": True},
-]
-
-
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("options", PLAIN)
+@pytest.mark.parametrize("options", PLAIN_OPTIONS)
 def test_plain_calls_are_short(short_calls, monkeypatch, gradient, options):
     def results():
         q, k, v, sink = leaves = plain_inputs(gradient)

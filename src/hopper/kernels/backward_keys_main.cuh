@@ -2,39 +2,31 @@
 // The main warpgroups of the key pass: 64 keys each, from scores to dS, dV and dK.
 #pragma once
 
-#include "hopper/kernels/backward_keys.cuh"
-#include "hopper/kernels/backward_keys_store.cuh"
+#include "hopper/kernels/backward_main_warpgroup.cuh"
 
 namespace sinkattn::hopper {
 
 /// One main warpgroup: 64 keys.
 template <class C>
-struct KeyPassMain {
+struct KeyPassMain : MainWarpgroup<C, C::Tuning::statistics_window / (C::softcap ? 4 : 1)> {
+  using Base = MainWarpgroup<C, C::Tuning::statistics_window / (C::softcap ? 4 : 1)>;
+  using Base::barriers;
+  using Base::Base;
+  using Base::facts;
+  using Base::group;
+  using Base::lse2;
+  using Base::p;
+  using Base::publish_score_gradients;
+  using Base::query_blocks;
+  using Base::release;
+  using Base::score_registers;
+  using Base::smem;
+  using Base::softmax_d;
+  using Base::visible_queries;
+  using Base::warp;
+  using typename Base::Statistics;
   using T = typename C::T;
   using Smem = KeyPassSmem<C>;
-  using Tuning = typename C::Tuning;
-  static constexpr int query_blocks = C::queries / 16;  ///< k16 steps of dV and dK
-  static constexpr int score_registers = C::queries / 2;
-
-  const BackwardArguments& p;
-  const KeyPassBarriers<C>& barriers;
-  char* smem;
-  int group;
-  // Kept in registers: reading the thread index again in every tile is slow.
-  std::uint32_t statistics;  ///< address of LSE2 of stage 0, moved to this thread's first column
-  std::uint32_t score;       ///< address of slot 0 of dS where this thread stores
-
-  __device__ __forceinline__ KeyPassMain(const BackwardArguments& p_,
-                                         const KeyPassBarriers<C>& barriers_, char* smem_)
-      : p(p_), barriers(barriers_), smem(smem_) {
-    group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
-    const int lane = threadIdx.x % 32;
-    statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * (lane % 4));
-    score = opaque(ptx::shared_address(smem + Smem::score + group * C::ScoreTile::slab_bytes) +
-                   swizzled_offset(lane % 8 + lane / 16 * 8, 2 * warp() + lane / 8 % 2));
-  }
-
-  __device__ __forceinline__ static int warp() { return threadIdx.x % 128 / 32; }
 
   /// Where registers are scarcest what is computed from it is not kept.
   __device__ __forceinline__ std::uint32_t smem_base() const {
@@ -89,53 +81,11 @@ struct KeyPassMain {
     }
   }
 
-  /// dS^T of this warpgroup into its slab of a dS tile, as [query][key].
-  __device__ __forceinline__ void store_score_gradients(const std::uint32_t (&ds)[query_blocks][4],
-                                                        const RingPosition<C::stages>& ring) const {
+  /// dS^T into a dS tile once its slot is free.
+  __device__ __forceinline__ void store_when_free(const std::uint32_t (&ds)[query_blocks][4],
+                                                  const RingPosition<C::stages>& ring) const {
     ptx::mbarrier_wait(barriers.score_empty + ring.slot, ring.phase ^ 1);
-    const std::uint32_t address = score + ring.slot * C::ScoreTile::bytes;
-#pragma unroll
-    for (int k = 0; k < query_blocks; ++k) {
-      ptx::store_matrix_x4_transposed(address + k * 16 * slab_row_bytes, ds[k][0], ds[k][1],
-                                      ds[k][2], ds[k][3]);
-    }
-  }
-
-  /// Hands the stored dS to the dQ group.
-  __device__ __forceinline__ void publish_score_gradients(
-      const RingPosition<C::stages>& ring) const {
-    ptx::fence_proxy_async_shared();
-    __syncwarp();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_full + ring.slot);
-  }
-
-  __device__ __forceinline__ void release(int stage) const {
-    __syncwarp();
-    if (ptx::elect_one())
-      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
-  }
-
-  using Statistics =
-      ColumnStatistics<C::queries / 8, Tuning::statistics_window / (C::softcap ? 4 : 1)>;
-
-  __device__ __forceinline__ Statistics lse2(int stage) const {
-    return Statistics(statistics + stage * C::queries * 4);
-  }
-
-  __device__ __forceinline__ Statistics softmax_d(int stage) const {
-    return Statistics(statistics + (Smem::softmax_d - Smem::lse2) + stage * C::queries * 4);
-  }
-
-  /// Which registers of a tile's P and dS belong to queries that see their key.
-  __device__ __forceinline__ std::uint32_t visible_queries(int tile) const {
-    const auto* all = reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals);
-    return visible_registers<score_registers>(
-        all + C::group_key(group) + warp() * 16 + threadIdx.x % 32 / 4, tile * C::queries,
-        threadIdx.x % 4);
-  }
-
-  __device__ __forceinline__ const BlockFacts& facts() const {
-    return *reinterpret_cast<const BlockFacts*>(smem + Smem::facts);
+    this->store_score_gradients(ds, ring.slot);
   }
 
   using Position = TilePosition<C>;
@@ -197,8 +147,8 @@ struct KeyPassMain {
     pack_operand<T>(dsa, dp);
     if (masked) keep_visible(dsa, visible);
     if (p.dq_accumulator != nullptr) {
-      store_score_gradients(dsa, ring);
-      publish_score_gradients(ring);
+      store_when_free(dsa, ring);
+      publish_score_gradients(ring.slot);
     }
     ptx::wgmma_fence();
     multiply_queries<typename C::QueryTile>(dk, dsa, Smem::query + stage * C::QueryTile::bytes);

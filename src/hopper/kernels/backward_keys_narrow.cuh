@@ -14,46 +14,35 @@
 // transposed so that the long operand, 128 keys, is B: fewer reads of shared memory per product.
 #pragma once
 
-#include "hopper/kernels/backward_keys.cuh"
-#include "hopper/kernels/backward_keys_store.cuh"
+#include "hopper/kernels/backward_main_warpgroup.cuh"
 
 namespace sinkattn::hopper {
 
 /// A main warpgroup: 64 keys.
 template <class C>
-struct NarrowMain {
+struct NarrowMain : MainWarpgroup<C, C::Tuning::statistics_window> {
+  using Base = MainWarpgroup<C, C::Tuning::statistics_window>;
+  using Base::barriers;
+  using Base::Base;
+  using Base::facts;
+  using Base::group;
+  using Base::lse2;
+  using Base::p;
+  using Base::publish_score_gradients;
+  using Base::query_blocks;
+  using Base::release;
+  using Base::score_registers;
+  using Base::smem;
+  using Base::softmax_d;
+  using Base::visible_queries;
+  using Base::warp;
+  using typename Base::Packed;
+  using typename Base::Scores;
+  using typename Base::Statistics;
   using T = typename C::T;
   using Smem = KeyPassSmem<C>;
-  using Tuning = typename C::Tuning;
-  static constexpr int query_blocks = C::queries / 16;
-  static constexpr int score_registers = C::queries / 2;
-  using Scores = float[score_registers];
-  using Packed = std::uint32_t[query_blocks][4];  ///< P or dS of a tile
 
-  const BackwardArguments& p;
-  const KeyPassBarriers<C>& barriers;
-  char* smem;
-  int group;
-  // Kept in registers: reading the thread index again in every tile is slow.
-  std::uint32_t statistics;  ///< address of LSE2 of stage 0, moved to this thread's first column
-  std::uint32_t score;       ///< address of slot 0 of dS where this thread stores
   std::uint32_t key_operand[C::d / 16][4], value_operand[C::dv / 16][4];
-
-  __device__ __forceinline__ NarrowMain(const BackwardArguments& p_,
-                                        const KeyPassBarriers<C>& barriers_, char* smem_)
-      : p(p_), barriers(barriers_), smem(smem_) {
-    group = static_cast<int>(threadIdx.x) / 128 - C::first_main_group;
-    const int lane = threadIdx.x % 32;
-    statistics = opaque(ptx::shared_address(smem + Smem::lse2) + 8 * (lane % 4));
-    score = opaque(ptx::shared_address(smem + Smem::score + group * C::ScoreTile::slab_bytes) +
-                   swizzled_offset(lane % 8 + lane / 16 * 8, 2 * warp() + lane / 8 % 2));
-  }
-
-  __device__ __forceinline__ static int warp() { return threadIdx.x % 128 / 32; }
-
-  __device__ __forceinline__ const BlockFacts& facts() const {
-    return *reinterpret_cast<const BlockFacts*>(smem + Smem::facts);
-  }
 
   /// This warpgroup's rows of K or V as register operand A.
   template <int Blocks>
@@ -102,42 +91,10 @@ struct NarrowMain {
     ptx::wgmma_commit();
   }
 
-  using Statistics = ColumnStatistics<C::queries / 8, Tuning::statistics_window>;
-
-  __device__ __forceinline__ Statistics lse2(int stage) const {
-    return Statistics(statistics + stage * C::queries * 4);
-  }
-
-  __device__ __forceinline__ Statistics softmax_d(int stage) const {
-    return Statistics(statistics + (Smem::softmax_d - Smem::lse2) + stage * C::queries * 4);
-  }
-
-  /// Which of a thread's scores a query of the tile sees.
-  __device__ __forceinline__ std::uint32_t visible(int tile) const {
-    const auto* all = reinterpret_cast<const VisibleInterval*>(smem + Smem::intervals);
-    return visible_registers<score_registers>(
-        all + C::group_key(group) + warp() * 16 + threadIdx.x % 32 / 4, tile * C::queries,
-        threadIdx.x % 4);
-  }
-
-  /// dS^T into this warpgroup's slab of a dS tile, as [query][key], and the hand-over to the third
-  /// warpgroup. The slot is free: its last reader released Q's stage along with it.
+  /// dS to the third warpgroup. The slot is free: its last reader released Q's stage along with it.
   __device__ __forceinline__ void publish(const Packed& ds, int slot) const {
-    const std::uint32_t address = score + slot * C::ScoreTile::bytes;
-#pragma unroll
-    for (int k = 0; k < query_blocks; ++k) {
-      ptx::store_matrix_x4_transposed(address + k * 16 * slab_row_bytes, ds[k][0], ds[k][1],
-                                      ds[k][2], ds[k][3]);
-    }
-    ptx::fence_proxy_async_shared();
-    __syncwarp();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(barriers.score_full + slot);
-  }
-
-  __device__ __forceinline__ void release(int stage) const {
-    __syncwarp();
-    if (ptx::elect_one())
-      ptx::mbarrier_arrive(barriers.stage_empty + stage);  // -> wait in load_tile
+    this->store_score_gradients(ds, slot);
+    publish_score_gradients(slot);
   }
 
   /// With softcap: P, packed, and packed what dS is proportional to, P times the derivative of the
@@ -192,7 +149,7 @@ struct NarrowMain {
       }
       pack_operand<T>(dsa, dp);
       if (tile < full.begin || tile >= full.end) {
-        const std::uint32_t bits = visible(tile);
+        const std::uint32_t bits = visible_queries(tile);
         keep_visible(pa, bits);
         keep_visible(dsa, bits);
       }
