@@ -68,7 +68,7 @@ Status launch_query_pass(const BackwardArguments& p, DType dtype, unsigned grid,
   }                                                                                   \
   const BackwardInstance backward_##D##_##DV = {{D, DV},                              \
                                                 Keys<__half, false>::keys,            \
-                                                D > 64 && D <= 128,                   \
+                                                Keys<__half, false>::splits_for_l2,   \
                                                 Keys<__half, false>::third_adds_keys, \
                                                 QueryPassTuning<D, DV>::keys,         \
                                                 launch_key_pass<Keys>,                \

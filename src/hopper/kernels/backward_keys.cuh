@@ -42,7 +42,8 @@ struct KeyPass {
   static constexpr int threads = 512, first_main_group = 2;
   static constexpr bool third_adds_keys = false;
   static constexpr bool descending = false;
-  static constexpr int releasing_warps = 8;  ///< of a stage
+  static constexpr bool splits_for_l2 = true;  ///< see backward_launch.h
+  static constexpr int releasing_warps = 8;    ///< of a stage
   static constexpr int gradient_slots = 0;
   using KeyTile = Tile<keys, d>;
   using ValueTile = Tile<keys, dv>;

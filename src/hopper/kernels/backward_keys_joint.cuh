@@ -98,7 +98,7 @@ struct JointKeyPassMain : KeyPassMain<C> {
 /// Configuration of the key pass with these main warpgroups.
 template <class T_, int D_, int DV_, bool Softcap_, class Tuning_ = JointKeyPassTuning<D_, DV_>>
 struct JointKeyPass : KeyPass<T_, D_, DV_, Softcap_, Tuning_> {
-  static constexpr bool query_group = false, heads_together = true;
+  static constexpr bool query_group = false, heads_together = true, splits_for_l2 = false;
   static constexpr int threads = 384, first_main_group = 1;
   template <class C>
   using Main = JointKeyPassMain<C>;

@@ -386,12 +386,7 @@ struct GradientWriter {
     source = ptx::shared_address(smem + KeyPassSmem<C>::gradient + writer * tile_floats * 4);
   }
 
-  /// Whether the block before adds to a tile, so that this one has to wait for it.
-  __device__ bool follows(int tile) const {
-    return tile >= facts.before.begin && tile < facts.before.end;
-  }
-
-  /// Waits until the block before has added to the tile.
+  /// Waits until the block before has added to the tile, if it does.
   __device__ void wait_for_turn(int tile) const {
     if (tile < facts.before.begin || tile >= facts.before.end) return;
     while (ptx::load_acquire(turns) != key_tile) {
@@ -447,7 +442,7 @@ struct NarrowKeyPass {
   using Tuning = Tuning_;
   static constexpr int d = D_, dv = DV_;
   static constexpr bool softcap = Softcap_, query_group = true, third_adds_keys = true;
-  static constexpr bool heads_together = false, descending = true;
+  static constexpr bool heads_together = false, descending = true, splits_for_l2 = false;
   static constexpr int queries = backward_tile_queries, keys = 128, warpgroup_keys = 64;
   static constexpr int stages = Tuning::stages;
   static constexpr int threads = 512, first_main_group = 2;

@@ -250,7 +250,7 @@ struct WideKeyPass {
   using Tuning = Tuning_;
   static constexpr int d = D_, dv = DV_;
   static constexpr bool softcap = Softcap_, query_group = true, heads_together = true;
-  static constexpr bool third_adds_keys = false, descending = false;
+  static constexpr bool third_adds_keys = false, descending = false, splits_for_l2 = false;
   static constexpr int queries = backward_tile_queries, keys = 64, warpgroup_keys = 64;
   static constexpr int stages = Tuning::stages;
   static constexpr int threads = 512, first_main_group = 2, releasing_warps = 8, gradient_slots = 0;

@@ -13,7 +13,6 @@ template <class C, int StatisticsWindow>
 struct MainWarpgroup {
   using T = typename C::T;
   using Smem = KeyPassSmem<C>;
-  using Tuning = typename C::Tuning;
   static constexpr int query_blocks = C::queries / 16;  ///< k16 steps of dV and dK
   static constexpr int score_registers = C::queries / 2;
   using Scores = float[score_registers];
